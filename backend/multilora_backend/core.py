@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns: what a request asks for, what a sequence is, what one step does, where LoRA acts.
+
+Everything here is plain data without torch, so that the front end, the scheduler and their tests share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from multilora_backend.adapters.manager import Lease
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How to choose tokens. Names, defaults and meanings are vLLM's; ranges are checked in `frontend.sampling`.
+
+    The front end uses the fields about text (`stop`, `include_stop_str_in_output`, `skip_special_tokens`),
+    the engine all others.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 (or -1 from a client) keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report beside the sampled one; None reports nothing."""
+    logit_bias: dict[int, float] | None = None
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SequenceStatus(IntEnum):
+    """Ordered: everything from FINISHED on is terminal."""
+
+    WAITING = 0
+    WAITING_ADAPTER = 1
+    RUNNING = 2
+    FINISHED = 3
+
+
+_LEGAL: dict[SequenceStatus, frozenset[SequenceStatus]] = {
+    SequenceStatus.WAITING: frozenset(
+        {SequenceStatus.WAITING_ADAPTER, SequenceStatus.RUNNING, SequenceStatus.FINISHED}
+    ),
+    SequenceStatus.WAITING_ADAPTER: frozenset(
+        {SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED}
+    ),
+    # RUNNING -> WAITING is preemption: pages are given back and the sequence is computed again later.
+    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.FINISHED}),
+    SequenceStatus.FINISHED: frozenset(),
+}
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One stream of tokens: a request with n > 1 is n sequences. Owned by the engine's thread alone."""
+
+    key: tuple[str, int, int]
+    """(front end, request id, index among the request's n sequences): unique in an engine."""
+    prompt_len: int
+    token_ids: list[int]
+    """The prompt, then what was sampled."""
+    sampling: SamplingParams
+    seed: int
+    """Drives this sequence's sampling whatever else is in the batch: the request's seed + index, or random."""
+    adapter: str = ""
+    """Name in the catalogue; empty for the base model."""
+    priority: int = 0
+    """Larger is sooner."""
+    tenant: str = ""
+    arrival: float = 0.0
+    """time.monotonic() when the engine received it."""
+
+    status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    lease: Lease | None = field(default=None, init=False)
+    """Set by the scheduler while RUNNING with an adapter: this adapter version cannot be evicted."""
+    pages: list[int] = field(default_factory=list, init=False)
+    """Set by the scheduler: KV pages in order of position."""
+    num_computed: int = field(default=0, init=False)
+    """Tokens whose K and V are in `pages`, counted when they are scheduled."""
+    num_cached: int = field(default=0, init=False)
+    """Prompt tokens found in the prefix cache when the sequence was last admitted."""
+    page_hashes: list[bytes] = field(default_factory=list, init=False)
+    """Set by the page table: chain hashes of the full pages, see `scheduling.pages`."""
+    cumulative_logprob: float = field(default=0.0, init=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def finished(self) -> bool:
+        return self.status >= SequenceStatus.FINISHED
+
+    def transition(self, to: SequenceStatus, reason: FinishReason | None = None) -> None:
+        """The only way to change `status`. Raises RuntimeError on a transition that is not in the table."""
+        if to not in _LEGAL[self.status]:
+            raise RuntimeError(f"sequence {self.key}: illegal transition {self.status.name} -> {to.name}")
+        if (to is SequenceStatus.FINISHED) != (reason is not None):
+            raise RuntimeError(f"sequence {self.key}: a finish reason belongs to FINISHED and only to it")
+        self.status = to
+        self.finish_reason = reason
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A sequence's share of one step: positions [start, start + count) are computed."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    """True if the last position is the sequence's newest token, so that its logits give the next one."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step computes. Slots are in admission order; the model runner may sort rows as it likes."""
+
+    slots: tuple[Slot, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(slot.count for slot in self.slots)
+
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the different adapters in this step, base traffic not counted."""
+        return {slot.sequence.adapter for slot in self.slots if slot.sequence.adapter}
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One linear of the running model that LoRA may act on; q/k/v and gate/up are one site of several slices.
+
+    Adapter weights of a site are stored slice-major:
+    A is `[slices, rank, in_features]` and B `[rank, sum(out_features)]`, already multiplied by the scale.
+    """
+
+    key: str
+    """Unique in the model, e.g. `model.layers.0.self_attn.qkv_proj`."""
+    in_features: int
+    modules: tuple[str, ...]
+    """Names of the slices' modules in the unfused transformers model, as PEFT's tensor names have them."""
+    out_features: tuple[int, ...]
+    """Width of each slice, same order as `modules`."""
+
+    @property
+    def width(self) -> int:
+        return sum(self.out_features)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launch is given, checked and made concrete before any process starts."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from multilora_backend.config import ENV_PREFIX, Config
+from multilora_backend.errors import invalid
+
+MODEL_NAME = "multilora"
+
+
+def environment(model: str | Path, adapters: str | Path, settings: Mapping[str, object]) -> dict[str, str]:
+    """The configuration as MULTILORA_* variables, refused here if it is wrong: the server takes seconds to say so."""
+    values = dict(settings)
+    for name, path in (("model", model), ("adapters", adapters)):
+        if path:
+            if not Path(path).exists():
+                raise invalid(name, f"{path} does not exist")
+            values[name] = Path(path).resolve()
+    texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+    Config.from_mapping(texts, "settings")
+    return {f"{ENV_PREFIX}{name.upper()}": text for name, text in texts.items()}
+
+
+def address(host: str) -> str:
+    """Triton binds names other than it says, so it is given the address."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise invalid("host", f"{host!r} is not an address of this machine: {error}") from error
+
+
+def ports(host: str, asked: Mapping[str, int]) -> dict[str, int]:
+    """Replaces 0 by free ports. All are held at once, so that they differ; they are free, not reserved, afterwards."""
+    held = []
+    chosen = {}
+    try:
+        for kind, port in asked.items():
+            if not 0 <= port < 65536:
+                raise invalid(f"{kind}_port", f"must be 0 to 65535, got {port}")
+            if not port:
+                held.append(socket.socket())
+                held[-1].bind((host, 0))
+                port = held[-1].getsockname()[1]
+            chosen[kind] = port
+    finally:
+        for holder in held:
+            holder.close()
+    return chosen
+
+
+def with_instances(source: Path, target: Path, instances: int) -> Path:
+    """A repository like `source` whose multilora model has another number of front ends."""
+    if instances < 1:
+        raise invalid("instances", f"must be at least 1, got {instances}")
+    model = target / MODEL_NAME
+    model.mkdir(parents=True)
+    for entry in (source.resolve() / MODEL_NAME).iterdir():
+        if entry.name != "config.pbtxt":
+            (model / entry.name).symlink_to(entry)
+    text = (source / MODEL_NAME / "config.pbtxt").read_text()
+    group = re.compile(r"(instance_group\s*:?\s*\[\s*\{[^}]*?\bcount\s*:\s*)\d+")
+    text, found = group.subn(rf"\g<1>{instances}", text)
+    if found != 1:
+        raise invalid("instances", f"{source / MODEL_NAME / 'config.pbtxt'} must have one instance_group with a count")
+    (model / "config.pbtxt").write_text(text)
+    return target

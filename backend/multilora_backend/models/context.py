@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of the running step may ask for: one module-level context, entered around a forward pass.
+
+transformers' modules stay as they are because of it: attention and LoRA find their metadata here and not in
+keyword arguments threaded through every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multilora_backend.models.attention import AttentionBackend
+    from multilora_backend.models.lora import LoraStrategy
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Both are planned for the step before it is entered."""
+
+    attention: AttentionBackend
+    lora: LoraStrategy
+
+
+_current: StepContext | None = None
+
+
+@contextmanager
+def step(context: StepContext) -> Iterator[None]:
+    """Makes `context` current. Steps do not nest."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("a step is running already")
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def current() -> StepContext:
+    if _current is None:
+        raise RuntimeError("no step is running: the model was called outside of the engine's step")
+    return _current

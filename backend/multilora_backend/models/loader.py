@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder to a running model: refuse what cannot run right, load, fuse, and prove that fusing was right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from multilora_backend.config import Config
+from multilora_backend.core import LoraSite
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+from multilora_backend.models import attention, context
+from multilora_backend.models.batch import Batch
+from multilora_backend.models.fusion import fuse
+from multilora_backend.models.lora import NoLora
+from multilora_backend.protocol import ModelCard
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s that the tests run against transformers."""
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rope types whose frequencies do not depend on the batch: with others one long request would change its neighbours."""
+
+
+@dataclass
+class LoadedModel:
+    module: nn.Module
+    config: PretrainedConfig
+    sites: list[LoraSite]
+    max_model_len: int
+    eos_token_ids: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_model(config: Config) -> LoadedModel:
+    """Loads `config.model` for ragged paged batches. Raises MultiloraError with the reason if it cannot be served."""
+    folder = Path(config.model)
+    if not (folder / "config.json").is_file():
+        raise invalid("model", f"{folder} holds no config.json")
+    hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    _refuse(hf)
+    device = _device(config)
+    dtype = _dtype(config, hf, device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=hf,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    module, info = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(problem):
+            raise invalid("model", f"{folder}: {problem.replace('_', ' ')} in the weights: {sorted(info[problem])[:3]}")
+    module.eval().requires_grad_(False)
+    module.to(device)
+    sites = fuse_checked(module, hf.vocab_size, config.block_size, device)
+    limit = int(hf.max_position_embeddings)
+    if config.max_model_len > limit:
+        raise invalid("max_model_len", f"must be at most {limit}, the model's max_position_embeddings")
+    return LoadedModel(module, hf, sites, config.max_model_len or limit, _eos(folder, hf), dtype, device)
+
+
+def fuse_checked(module: nn.Module, vocab_size: int, page_size: int, device: torch.device) -> list[LoraSite]:
+    """Fuses the model's linears and compares the logits of a small batch before and after.
+
+    That catches a model that calls its projections in another order, with different inputs, or through
+    something other than their forward.
+    """
+    rows = min(8, page_size)
+    ids = torch.arange(rows, device=device)[None] % vocab_size
+    caches = attach_kv_cache(module, num_pages=2, page_size=page_size, device=device)
+    before = _probe(module, ids, page_size, device)
+    sites = fuse(module)
+    after = _probe(module, ids, page_size, device)
+    caches.clear()
+    # Fusing changes only how a GEMM is tiled; 2**5 ulps of the largest logit is far below any wrong wiring.
+    tolerance = 32 * torch.finfo(before.dtype).eps * before.abs().max()
+    if not torch.allclose(before, after, rtol=0, atol=float(tolerance)):
+        raise MultiloraError(
+            ErrorCode.UNSUPPORTED, f"model: {type(module).__name__} gives other logits with fused linears; refused"
+        )
+    return sites
+
+
+def attach_kv_cache(module: Any, num_pages: int, page_size: int, device: torch.device) -> list[Tensor]:
+    """Hangs a zeroed KV tensor `[pages, 2, page_size, kv_heads, head_dim]` on every attention module."""
+    caches = []
+    for layer in attention_modules(module):
+        hf = layer.config
+        shape = (num_pages, 2, page_size, hf.num_key_value_heads, layer.head_dim)
+        layer.kv_cache = torch.zeros(shape, dtype=module.dtype, device=device)
+        caches.append(layer.kv_cache)
+    return caches
+
+
+def attention_modules(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+
+
+def bytes_per_token(model: LoadedModel) -> int:
+    """KV bytes of one token over all layers."""
+    layers = attention_modules(model.module)
+    return sum(2 * m.config.num_key_value_heads * m.head_dim * model.dtype.itemsize for m in layers)
+
+
+def model_card(model: LoadedModel, config: Config) -> ModelCard:
+    """What front ends need. Raises MultiloraError if the folder has no tokenizer.json."""
+    folder = Path(config.model)
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise invalid("model", f"{folder} holds no tokenizer.json")
+    settings = _read_json(folder / "tokenizer_config.json")
+    template: Any = settings.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    elif isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    special: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            special[name] = text
+    return ModelCard(
+        model=config.model,
+        max_model_len=model.max_model_len,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        tokenizer_json=tokenizer.read_bytes(),
+        chat_template=template,
+        special_tokens=special,
+        lora_enabled=config.lora_enabled,
+    )
+
+
+def _probe(module: nn.Module, ids: Tensor, page_size: int, device: torch.device) -> Tensor:
+    rows = ids.shape[1]
+    span = torch.arange(rows)
+    backend = attention.TorchAttention(page_size, device)
+    backend.plan(
+        Batch(
+            token_ids=ids[0].cpu().numpy(),
+            positions=span.numpy(),
+            write_pages=torch.ones(rows, dtype=torch.long).numpy(),
+            write_offsets=span.numpy(),
+            adapter_slots=torch.full((rows,), -1, dtype=torch.int32).numpy(),
+            row_starts=torch.tensor([0, rows]).numpy(),
+            context_lens=torch.tensor([rows]).numpy(),
+            pages=[[1]],
+            sample_rows=span.numpy(),
+            sample_slots=[0] * rows,
+        )
+    )
+    with torch.inference_mode(), context.step(context.StepContext(backend, NoLora())):
+        return module(input_ids=ids, position_ids=span[None].to(device), use_cache=False).logits.float()
+
+
+def _refuse(hf: PretrainedConfig) -> None:
+    def refuse(why: str) -> MultiloraError:
+        return MultiloraError(ErrorCode.UNSUPPORTED, f"model: {why}")
+
+    if hf.model_type not in SUPPORTED:
+        raise refuse(f"model_type {hf.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in STATIC_ROPE:
+        raise refuse(f"rope type {kind!r} changes with the longest request of a batch; supported are {STATIC_ROPE}")
+    if getattr(hf, "quantization_config", None):
+        raise refuse("quantised weights are not supported")
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise invalid("device", "is cuda, but torch sees no CUDA device")
+    return torch.device(config.device)
+
+
+def _dtype(config: Config, hf: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    stored = getattr(hf, "dtype", None)
+    return torch.float32 if device.type == "cpu" else (stored or torch.bfloat16)
+
+
+def _eos(folder: Path, hf: PretrainedConfig) -> list[int]:
+    eos: Any = hf.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine without sockets: what a request gets does not depend on its company, and its end harms nobody."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from multilora_backend.config import Config
+from multilora_backend.core import FinishReason, SamplingParams
+from multilora_backend.engine.engine import Engine
+from multilora_backend.errors import ErrorCode
+from multilora_backend.protocol import Abort, Failed, Outputs, Submit
+
+ADAPTERS = {
+    "small": {"r": 3},
+    "attention": {"r": 7, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_alpha": 14},
+    "rank-stabilised": {"r": 16, "use_rslora": True, "lora_alpha": 6},
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+PROMPTS = {"": [5, 6, 7], "small": [9, 8, 7, 6, 5, 4, 3], "attention": [5, 6, 7], "rank-stabilised": list(range(3, 40))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_models.save_llama(root / "model")
+    for seed, (name, lora) in enumerate(ADAPTERS.items()):
+        tiny_models.save_adapter(root / "model", root / "adapters" / name, seed, **lora)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[int]]:
+    return {
+        name: tiny_models.greedy(folder / "model", folder / "adapters" / name if name else None, prompt, 9)
+        for name, prompt in PROMPTS.items()
+    }
+
+
+class Driver:
+    """Submits, steps and collects, as the server does."""
+
+    def __init__(self, folder: Path, **settings) -> None:
+        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
+        self.engine = Engine(Config(**{**defaults, "block_size": 4, **settings}), wake=lambda: None)
+        self.tokens: dict[tuple[int, int], list[int]] = {}
+        self.reasons: dict[tuple[int, int], FinishReason] = {}
+        self.failed: dict[int, Failed] = {}
+        self.outputs: list = []
+
+    def submit(self, request_id: int, prompt: list[int], sampling: SamplingParams, adapter: str = "", **more) -> None:
+        self.engine.submit("front", Submit(request_id, prompt, sampling, adapter, **more))
+
+    def step(self) -> bool:
+        busy = self.engine.step()
+        for message in self.engine.take_replies().get("front", []):
+            if isinstance(message, Failed):
+                self.failed[message.request_id] = message
+            elif isinstance(message, Outputs):
+                for item in message.items:
+                    key = (item.request_id, item.index)
+                    self.outputs.append(item)
+                    self.tokens.setdefault(key, []).extend(item.token_ids)
+                    if item.finish_reason is not None:
+                        self.reasons[key] = item.finish_reason
+        return busy
+
+    def run(self) -> Driver:
+        deadline = time.monotonic() + 60
+        self.step()
+        while self.engine.scheduler.has_work:
+            assert time.monotonic() < deadline
+            if not self.step():
+                time.sleep(0.002)  # a load is under way
+        self.engine.check_idle()
+        return self
+
+
+def test_a_mixed_batch_says_what_transformers_and_peft_say(folder: Path, expected: dict):
+    driver = Driver(folder)
+    for i, (name, prompt) in enumerate(PROMPTS.items()):
+        driver.submit(i, prompt, GREEDY, name)
+    driver.run()
+    assert {name: driver.tokens[i, 0] for i, name in enumerate(PROMPTS)} == expected
+    assert driver.engine.adapters_per_step_max == 3
+    assert len({tuple(t) for t in expected.values()}) == 4, "the adapters must disagree, or this test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_batched_tokens": 5},
+        {"max_num_seqs": 2},
+        {"max_loras": 1},
+        {"enable_prefix_caching": False},
+        {"policy": "first_come"},
+    ],
+    ids=str,
+)
+def test_limits_change_when_but_not_what(folder: Path, expected: dict, settings: dict):
+    driver = Driver(folder, **settings)
+    for i, (name, prompt) in enumerate([*PROMPTS.items()] * 2):
+        driver.submit(i, prompt, GREEDY, name)
+    driver.run()
+    for i, name in enumerate([*PROMPTS] * 2):
+        assert driver.tokens[i, 0] == expected[name]
+    if settings.get("max_loras"):
+        assert driver.engine.adapters_per_step_max == 1
+
+
+def test_preemption_changes_nothing(folder: Path, expected: dict):
+    page_bytes = 4 * 2 * 2 * 2 * 8 * 4  # 4 tokens, 2 layers, K and V, 2 heads of 8, fp32
+    driver = Driver(folder, kv_cache_bytes=8 * page_bytes, enable_prefix_caching=False)
+    names = ["", "small", "attention"] * 2
+    for i, name in enumerate(names):
+        driver.submit(i, PROMPTS[name], GREEDY, name)
+    driver.run()
+    assert driver.engine.scheduler.preemptions > 0
+    for i, name in enumerate(names):
+        assert driver.tokens[i, 0] == expected[name]
+
+
+def test_device_room_for_one_adapter_serves_all_in_turn(folder: Path, expected: dict):
+    bytes_per_rank = Driver(folder).engine.adapters.pool.bytes_per_rank
+    driver = Driver(folder, adapter_device_bytes=16 * bytes_per_rank)
+    for i, (name, prompt) in enumerate(PROMPTS.items()):
+        driver.submit(i, prompt, GREEDY, name)
+    driver.run()
+    assert {name: driver.tokens[i, 0] for i, name in enumerate(PROMPTS)} == expected
+    assert driver.engine.stats().adapter_evictions_total >= 1
+
+
+def test_a_seed_gives_the_same_text_in_any_company(folder: Path):
+    seeded = SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True)
+    alone = Driver(folder)
+    alone.submit(0, [5, 6, 7], seeded, "small")
+    crowd = Driver(folder, max_num_batched_tokens=11)
+    for i in range(1, 12):
+        crowd.submit(i, [5 + i] * i, SamplingParams(max_tokens=20, ignore_eos=True), [*PROMPTS][i % 4])
+    crowd.step()
+    crowd.submit(0, [5, 6, 7], seeded, "small")
+    assert alone.run().tokens[0, 0] == crowd.run().tokens[0, 0]
+    other = Driver(folder)
+    other.submit(0, [5, 6, 7], SamplingParams(temperature=1.0, seed=8, max_tokens=12, ignore_eos=True), "small")
+    assert other.run().tokens[0, 0] != alone.tokens[0, 0]
+
+
+def test_nan_in_one_adapter_touches_no_other_row(folder: Path, expected: dict):
+    driver = Driver(folder)
+    for name in ADAPTERS:  # loaded once, then one of them is spoilt where it lies
+        driver.submit(0, [3], SamplingParams(temperature=0.0, max_tokens=1), name)
+        driver.run()
+    pool, lease = driver.engine.adapters.pool, driver.engine.adapters.lease("small")
+    for a, b in zip(pool.a, pool.b, strict=True):
+        a[:, lease.rank_start : lease.rank_start + lease.rank] = torch.nan
+        b[lease.rank_start : lease.rank_start + lease.rank] = torch.nan
+    driver.engine.adapters.release(lease)
+    for i, (name, prompt) in enumerate([*PROMPTS.items()] * 3, start=1):
+        driver.submit(i, prompt, GREEDY, name)
+    driver.run()
+    for i, name in enumerate([*PROMPTS] * 3, start=1):
+        assert name == "small" or driver.tokens[i, 0] == expected[name]
+
+
+def test_n_sequences_differ_and_are_reproducible(folder: Path):
+    runs = []
+    for _ in range(2):
+        driver = Driver(folder)
+        driver.submit(0, [5, 6], SamplingParams(n=3, seed=1, max_tokens=8, ignore_eos=True), "small")
+        driver.run()
+        runs.append([driver.tokens[0, i] for i in range(3)])
+    assert runs[0] == runs[1]
+    assert len({tuple(t) for t in runs[0]}) == 3
+
+
+def test_ends(folder: Path, expected: dict):
+    base = expected[""]
+    stop = base[4]
+    until = base.index(stop) + 1
+    driver = Driver(folder, max_model_len=20)
+    driver.submit(
+        0, PROMPTS[""], SamplingParams(temperature=0.0, max_tokens=50, stop_token_ids=(stop,), ignore_eos=True)
+    )
+    driver.submit(1, PROMPTS[""], SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True))
+    driver.submit(2, PROMPTS[""], SamplingParams(temperature=0.0, max_tokens=2))
+    eos_next = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={2: 100.0})
+    driver.submit(3, PROMPTS[""], eos_next)
+    driver.submit(4, PROMPTS[""], SamplingParams(temperature=0.0, max_tokens=5, min_tokens=3, logit_bias={2: 100.0}))
+    driver.run()
+    assert driver.tokens[0, 0] == base[:until]
+    assert [driver.reasons[i, 0].value for i in range(5)] == ["stop", "length", "length", "stop", "stop"]
+    assert len(driver.tokens[1, 0]) == 17, "prompt and output fill max_model_len"
+    assert driver.tokens[3, 0] == [2]
+    assert len(driver.tokens[4, 0]) == 4
+    assert driver.tokens[4, 0][-1] == 2
+
+
+def test_logprobs_come_with_every_token(folder: Path):
+    driver = Driver(folder)
+    driver.submit(0, [5, 6], SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, ignore_eos=True), "small")
+    driver.run()
+    total = 0.0
+    for item in driver.outputs:
+        [entries] = item.logprobs
+        assert [e.rank for e in entries] == [1, 1, 2]
+        assert entries[0].token_id == item.token_ids[0]
+        total += entries[0].logprob
+        assert item.cumulative_logprob == pytest.approx(total)
+
+
+def test_abort_takes_one_sequence_or_all_and_frees_at_once(folder: Path):
+    driver = Driver(folder)
+    driver.submit(0, [5, 6], SamplingParams(n=3, max_tokens=50, ignore_eos=True))
+    driver.submit(1, [5, 6], GREEDY, "small")
+    driver.step()
+    driver.engine.abort("front", Abort(0, 1))
+    driver.step()
+    assert {s.key[1:] for s in driver.engine.scheduler.running.values()} >= {(0, 0), (0, 2)}
+    assert driver.engine.scheduler.find(("front", 0, 1)) is None
+    driver.engine.abort("front", Abort(0))
+    driver.engine.abort("front", Abort(99))
+    driver.run()
+    assert len(driver.tokens[1, 0]) == 9
+
+
+def test_a_front_end_that_leaves_takes_its_requests_along(folder: Path):
+    driver = Driver(folder)
+    driver.submit(0, [5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
+    driver.step()
+    driver.engine.drop_frontend("front")
+    assert not driver.engine.scheduler.has_work
+    driver.engine.check_idle()
+
+
+def test_refusals_name_field_and_limit(folder: Path):
+    driver = Driver(folder, max_waiting=2)
+    driver.submit(0, [5], GREEDY, "nobody")
+    driver.submit(1, [5] * 128, GREEDY)
+    driver.submit(2, [], GREEDY)
+    driver.submit(3, [61], GREEDY)
+    driver.submit(4, [5], SamplingParams(n=3))
+    driver.run()
+    known = list(ADAPTERS)
+    assert driver.failed[0].message == f"LoRA nobody is not supported, we currently support {sorted(known)}"
+    assert driver.failed[1].message == "text_input: must be 1 to 127 tokens, got 128"
+    assert driver.failed[2].code is ErrorCode.INVALID_ARG
+    assert "vocabulary's 61" in driver.failed[3].message
+    assert driver.failed[4].code is ErrorCode.UNAVAILABLE
+    assert "max_waiting" in driver.failed[4].message
+
+
+def test_without_adapters_lora_is_off(folder: Path, expected: dict):
+    driver = Driver(folder, adapters="")
+    driver.submit(0, [5], GREEDY, "small")
+    driver.submit(1, PROMPTS[""], GREEDY)
+    driver.run()
+    assert driver.failed[0].message == "LoRA feature is not enabled."
+    assert driver.tokens[1, 0] == expected[""]
+
+
+def test_a_broken_adapter_fails_its_requests_only(folder: Path, expected: dict, tmp_path: Path):
+    shutil.copytree(folder / "adapters", tmp_path / "adapters")
+    weights = tmp_path / "adapters" / "attention" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    driver = Driver(folder, adapters=str(tmp_path / "adapters"))
+    for i, (name, prompt) in enumerate(PROMPTS.items()):
+        driver.submit(i, prompt, GREEDY, name)
+    driver.run()
+    assert list(driver.failed) == [[*PROMPTS].index("attention")]
+    assert "attention could not be loaded" in next(iter(driver.failed.values())).message
+    for i, name in enumerate(PROMPTS):
+        assert name == "attention" or driver.tokens[i, 0] == expected[name]
+    driver.submit(9, [5], GREEDY, "attention")
+    assert 9 not in driver.run().tokens, "the second request is refused at once"
+    assert driver.engine.stats().adapters_by_state["failed"] == 1
+
+
+def test_a_step_that_dies_ends_its_requests_and_nothing_else(folder: Path, expected: dict):
+    driver = Driver(folder)
+    run = driver.engine.runner.run
+
+    def die(plan):
+        raise RuntimeError("out of luck")
+
+    driver.submit(0, PROMPTS[""], GREEDY)
+    driver.engine.runner.run = die
+    driver.step()
+    driver.engine.runner.run = run
+    driver.submit(1, PROMPTS["small"], GREEDY, "small")
+    driver.run()
+    assert driver.failed[0].message == "the step failed: RuntimeError: out of luck"
+    assert driver.tokens[1, 0] == expected["small"]
+
+
+def test_stats_tell_what_happened(folder: Path):
+    driver = Driver(folder)
+    for i, (name, prompt) in enumerate(PROMPTS.items()):
+        driver.submit(i, prompt, GREEDY, name)
+    before = driver.engine.stats()
+    assert before.num_waiting == 4
+    driver.run()
+    after = driver.engine.stats()
+    assert (after.num_running, after.num_waiting, after.kv_cache_usage) == (0, 0, 0.0)
+    assert after.adapter_loads_total == len(after.adapter_load_seconds) == 3
+    assert after.adapters_by_state["active"] == 3
+    assert sum(after.adapters_per_step.values()) == after.steps_total
+    assert driver.engine.stats().adapters_per_step == {}

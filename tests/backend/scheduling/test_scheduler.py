@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler in virtual time, with adapters that load when the test says so and a model that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multilora_backend.adapters.manager import Lease
+from multilora_backend.adapters.state import AdapterState
+from multilora_backend.core import FinishReason, SamplingParams, Sequence, SequenceStatus, StepPlan
+from multilora_backend.scheduling.pages import PageTable
+from multilora_backend.scheduling.policy import AdapterFirst, FirstCome
+from multilora_backend.scheduling.scheduler import Scheduler
+
+
+class FakeAdapters:
+    """`room` adapters fit; a load ends when `land()` is called, or at once with `instant`."""
+
+    def __init__(self, room: int = 100, instant: bool = True) -> None:
+        self.room = room
+        self.instant = instant
+        self.active: list[str] = []
+        self.loading: list[str] = []
+        self.leases: dict[str, int] = {}
+
+    def request(self, name: str, protect: Collection[str] = ()) -> AdapterState:
+        if name in self.active:
+            return AdapterState.ACTIVE
+        if name not in self.loading:
+            if len(self.active) + len(self.loading) >= self.room:
+                idle = [a for a in self.active if not self.leases.get(a) and a not in protect]
+                if not idle:
+                    return AdapterState.COLD
+                self.active.remove(idle[0])
+            self.loading.append(name)
+        if self.instant:
+            self.land()
+        return AdapterState.ACTIVE if self.instant else AdapterState.LOADING
+
+    def waits_for_room(self, name: str) -> bool:
+        return name not in self.active + self.loading
+
+    def land(self) -> None:
+        self.active += self.loading
+        self.loading = []
+
+    def lease(self, name: str) -> Lease | None:
+        assert name in self.active
+        self.leases[name] = self.leases.get(name, 0) + 1
+        return Lease(name=name, version=f"v-{name}", slot=self.active.index(name), rank_start=0, rank=8)
+
+    def release(self, lease: Lease) -> None:
+        self.leases[lease.name] -= 1
+        assert self.leases[lease.name] >= 0
+
+    def resident(self) -> Collection[str]:
+        return list(self.active)
+
+
+def make(
+    *, num_pages=100, page_size=4, seqs=8, tokens=32, max_loras=0, adapters=None, policy=None, caching=True
+) -> Scheduler:
+    return Scheduler(
+        PageTable(num_pages, page_size, caching),
+        adapters or FakeAdapters(),
+        policy or AdapterFirst(max_overtake_s=5.0),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_loras=max_loras,
+    )
+
+
+_numbers = iter(range(10**9))
+
+
+def add(scheduler: Scheduler, length: int = 5, adapter: str = "", arrival: float = 0.0, **kwargs) -> Sequence:
+    number = next(_numbers)
+    s = Sequence(
+        key=("test", number, 0),
+        prompt_len=length,
+        token_ids=[number * 1000 + i for i in range(length)],
+        sampling=SamplingParams(),
+        seed=0,
+        adapter=adapter,
+        arrival=arrival,
+        **kwargs,
+    )
+    scheduler.add(s)
+    return s
+
+
+def run(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
+    """One step: every slot that samples gets a token."""
+    plan = scheduler.schedule(now)
+    scheduler.publish(plan)
+    for slot in plan.slots:
+        if slot.samples:
+            slot.sequence.token_ids.append(1)
+    return plan
+
+
+def names(plan: StepPlan) -> list[str]:
+    return [slot.sequence.adapter for slot in plan.slots]
+
+
+def test_different_adapters_and_the_base_share_a_step():
+    scheduler = make()
+    for adapter in ("a", "", "b", "a"):
+        add(scheduler, adapter=adapter)
+    plan = run(scheduler)
+    assert sorted(names(plan)) == ["", "a", "a", "b"]
+    assert plan.adapters == {"a", "b"}
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_on():
+    scheduler = make(tokens=10)
+    short = add(scheduler, 3)
+    run(scheduler)
+    long = add(scheduler, 25)
+    plans = [run(scheduler) for _ in range(3)]
+    assert [[(s.sequence is long, s.start, s.count, s.samples) for s in p.slots] for p in plans] == [
+        [(False, 3, 1, True), (True, 0, 9, False)],
+        [(False, 4, 1, True), (True, 9, 9, False)],
+        [(False, 5, 1, True), (True, 18, 7, True)],
+    ]
+    assert short.num_output_tokens == 4
+
+
+def test_decoding_sequences_are_served_before_chunks_of_prompts():
+    scheduler = make(tokens=10)
+    long, short = add(scheduler, 5), add(scheduler, 3)
+    run(scheduler)
+    long.token_ids += range(30)  # as if it had been preempted with a long output and admitted again
+    plan = run(scheduler)
+    assert [(slot.sequence is short, slot.count) for slot in plan.slots] == [(True, 1), (False, 9)]
+
+
+def test_the_newest_sequence_is_preempted_and_finishes_later():
+    scheduler = make(num_pages=7, page_size=4, caching=False)
+    old, new = add(scheduler, 8), add(scheduler, 8)
+    preempted = []
+    for _ in range(9):
+        preempted += run(scheduler).preempted
+    assert new in preempted
+    assert old not in preempted
+    assert new.status is SequenceStatus.WAITING
+    scheduler.finish(old, FinishReason.LENGTH)
+    run(scheduler)
+    assert new.status is SequenceStatus.RUNNING
+    assert new.num_computed == new.num_tokens - 1, "what it had said before is computed again with the prompt"
+
+
+def test_a_high_priority_sequence_is_preempted_last():
+    scheduler = make(num_pages=7, page_size=4, caching=False)
+    low, high = add(scheduler, 8), add(scheduler, 8, priority=1)
+    preempted = []
+    for _ in range(9):
+        preempted += run(scheduler).preempted
+    assert low in preempted
+    assert high not in preempted
+
+
+def test_a_load_holds_up_nobody_else():
+    adapters = FakeAdapters(instant=False)
+    scheduler = make(adapters=adapters, policy=FirstCome())
+    cold, base = add(scheduler, adapter="cold"), add(scheduler, arrival=1.0)
+    assert names(run(scheduler)) == [""]
+    assert cold.status is SequenceStatus.WAITING_ADAPTER
+    adapters.land()
+    assert sorted(names(run(scheduler))) == ["", "cold"]
+    assert base.num_output_tokens == 2
+
+
+def test_max_loras_bounds_the_adapters_of_a_step_but_not_the_base():
+    scheduler = make(max_loras=2)
+    for adapter in ("a", "b", "c", "", "a"):
+        add(scheduler, adapter=adapter)
+    assert sorted(names(run(scheduler))) == ["", "a", "a", "b"]
+
+
+def test_an_overdue_request_gets_a_slot_though_the_running_adapter_never_runs_dry():
+    scheduler = make(max_loras=1, seqs=4)
+    queue = [add(scheduler, adapter="a")]
+    starved = add(scheduler, adapter="b")
+    now = 0.0
+    while starved.status is not SequenceStatus.RUNNING and now < 60:
+        now += 1.0
+        run(scheduler, now)
+        queue.append(add(scheduler, adapter="a", arrival=now))
+        for s in [s for s in queue if s.num_output_tokens >= 3]:
+            queue.remove(s)
+            scheduler.finish(s, FinishReason.LENGTH)
+    assert now <= 5.0 + 4, "max_overtake_s, and then as long as the running requests need"
+
+
+def test_an_overdue_request_gets_device_room_though_all_of_it_is_leased_again_and_again():
+    scheduler = make(adapters=FakeAdapters(room=1), seqs=4)
+    queue = [add(scheduler, adapter="a")]
+    starved = add(scheduler, adapter="b")
+    now = 0.0
+    while starved.status is not SequenceStatus.RUNNING and now < 60:
+        now += 1.0
+        run(scheduler, now)
+        queue.append(add(scheduler, adapter="a", arrival=now))
+        for s in [s for s in queue if s.num_output_tokens >= 3]:
+            queue.remove(s)
+            scheduler.finish(s, FinishReason.LENGTH)
+    assert now <= 5.0 + 4
+
+
+def test_resident_adapters_go_first_and_priority_before_that():
+    adapters = FakeAdapters()
+    adapters.active = ["warm"]
+    scheduler = make(adapters=adapters, seqs=1)
+    order = []
+    add(scheduler, adapter="cold", arrival=0.0)
+    add(scheduler, adapter="warm", arrival=1.0)
+    add(scheduler, adapter="vip", arrival=2.0, priority=1)
+    for _ in range(3):
+        plan = run(scheduler, now=2.0)
+        order += names(plan)
+        scheduler.finish(plan.slots[0].sequence, FinishReason.STOP)
+    assert order == ["vip", "warm", "cold"]
+
+
+def test_kv_pages_are_shared_within_an_adapter_only():
+    scheduler = make()
+    prompt = list(range(12))
+    found = []
+    for adapter in ("a", "b", "a", "", ""):
+        s = add(scheduler, 12, adapter=adapter)
+        s.token_ids[:] = prompt
+        run(scheduler)
+        found.append(s.num_cached)
+    assert found == [0, 0, 8, 0, 8]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_request_ends_whatever_comes(data: st.DataObject):
+    """Random arrivals, aborts and lengths over few pages, slots and tokens: bounds hold, and everything finishes."""
+    adapters = FakeAdapters(room=data.draw(st.integers(1, 3)), instant=data.draw(st.booleans()))
+    scheduler = make(
+        num_pages=data.draw(st.integers(9, 14)),
+        seqs=data.draw(st.integers(1, 5)),
+        tokens=data.draw(st.integers(1, 12)),
+        max_loras=data.draw(st.integers(0, 2)),
+        adapters=adapters,
+        policy=data.draw(st.sampled_from([FirstCome(), AdapterFirst(3.0)])),
+    )
+    live: list[Sequence] = []
+    lengths: dict[tuple, int] = {}
+    for now in range(2000):
+        if now < 30 and data.draw(st.booleans()):
+            s = add(
+                scheduler,
+                data.draw(st.integers(1, 20)),
+                data.draw(st.sampled_from(["", "a", "b", "c", "d"])),
+                float(now),
+            )
+            lengths[s.key] = data.draw(st.integers(1, 8))
+            live.append(s)
+        if now < 30 and live and data.draw(st.integers(0, 9)) == 0:
+            scheduler.finish(live.pop(0), FinishReason.ABORT)
+        plan = run(scheduler, float(now))
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert len(plan.slots) <= scheduler.max_num_seqs
+        assert not scheduler.max_loras or len(plan.adapters) <= scheduler.max_loras
+        assert len(plan.adapters) <= adapters.room
+        assert len({slot.sequence.key for slot in plan.slots}) == len(plan.slots)
+        for slot in plan.slots:
+            assert (slot.sequence.lease is not None) == bool(slot.sequence.adapter)
+            assert len(slot.sequence.pages) * 4 >= slot.start + slot.count
+        scheduler.pages.check()
+        for s in [s for s in live if s.num_output_tokens >= lengths[s.key]]:
+            live.remove(s)
+            scheduler.finish(s, FinishReason.LENGTH)
+        adapters.land()
+        if now >= 30 and not live:
+            break
+    assert not live, "a request starved"
+    assert not scheduler.has_work
+    assert scheduler.pages.num_free == scheduler.pages.num_pages - 1
+    assert not any(adapters.leases.values())
