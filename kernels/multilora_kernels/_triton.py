@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that imports Triton-lang, so that the package imports without it (the references need torch only)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+"""Kernels run on the CPU under Triton's interpreter. TRITON_INTERPRET=1 must be set before the first import of
+triton, which torch may do early: set it in the environment of the process, not in the process."""
+
+
+def jit(kernel: Any) -> Any:
+    """`triton.jit`, or the bare function without Triton, which then only has to be importable."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def require_launchable(op: str, tensor: Tensor) -> None:
+    """Raises RuntimeError if a kernel cannot run on the tensor's device."""
+    if triton is None:
+        raise RuntimeError(f"{op}: Triton-lang is not installed; use {op}_reference")
+    if tensor.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"{op}: needs tensors on a CUDA device, got {tensor.device}; use {op}_reference, "
+            "or start Python with TRITON_INTERPRET=1 to run the kernel in Triton's interpreter"
+        )
+
+
+def require_layout(op: str, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Raises ValueError unless all tensors have the dtype and the last dimension is dense in memory."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} must have dtype {dtype} as the other tensors, got {tensor.dtype}")
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: {name} must be dense in its last dimension, got strides {tensor.stride()}")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases for the kernels, and the process in which Triton's interpreter runs them.
+
+TRITON_INTERPRET must be set before triton is imported, and torch imports triton: in a run over all of tests/ it is too
+late when this file is read, and set for good it would reach the servers that other tests start. So tests on the target
+"interpreter" run in one child pytest that has the variable from its start, and their reports are passed on.
+`TRITON_INTERPRET=1 pytest tests/kernels` runs them in the process itself, e.g. under a debugger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multilora_kernels import NO_ADAPTER, Segments, plan_segments
+from multilora_kernels._triton import INTERPRETED, triton
+
+CHILD = Path(__file__).with_name("interpreter_child.py")
+_child_run = pytest.StashKey[tuple[dict[str, list[dict]], str]]()
+
+
+def _wants_interpreter(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    target = callspec.params.get("target") if callspec else None
+    return isinstance(target, Target) and target.device == "cpu"
+
+
+def _run_child(session: pytest.Session) -> tuple[dict[str, list[dict]], str]:
+    """All of the session's tests on the interpreter, once: (serialised reports by node id, the child's output)."""
+    node_ids = [item.nodeid for item in session.items if _wants_interpreter(item)]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "reports.json"
+        child = subprocess.run(
+            [sys.executable, str(CHILD), str(out), *node_ids],
+            cwd=session.config.rootpath,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return json.loads(out.read_text()) if out.exists() else {}, child.stdout
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if INTERPRETED or triton is None or not _wants_interpreter(item):
+        return None
+    if _child_run not in item.session.stash:
+        item.session.stash[_child_run] = _run_child(item.session)
+    reports, output = item.session.stash[_child_run]
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for data in reports.get(item.nodeid, []):
+        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+        item.ihook.pytest_runtest_logreport(report=report)
+    if item.nodeid not in reports:
+        lost = f"the child process that runs the interpreter gave no report:\n{output}"
+        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", lost, "call")
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a kernel runs and in which dtype. The interpreter's bfloat16 dot is wrong, so bfloat16 is for CUDA only."""
+
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        name = "interpreter" if self.device == "cpu" else "cuda"
+        return f"{name}-{str(self.dtype).removeprefix('torch.')}"
+
+
+ON_CPU = Target("cpu", torch.float32)
+INTERPRETER_TARGETS = [Target("cpu", torch.float32), Target("cpu", torch.float16)]
+CUDA_TARGETS = [Target("cuda", torch.bfloat16), Target("cuda", torch.float32)]
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(target, id=str(target)) for target in INTERPRETER_TARGETS),
+        *(pytest.param(target, id=str(target), marks=pytest.mark.gpu) for target in CUDA_TARGETS),
+    ]
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    """A test that uses it runs on every target; without CUDA those on CUDA are skipped."""
+    if request.param.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+    if request.param.device == "cpu" and triton is None:
+        pytest.skip("needs Triton-lang, which is not installed")
+    return request.param
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fused linear with its rank pools and a batch. Whatever no adapter owns in the pools is NaN."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    widths: tuple[int, ...]
+    rows: np.ndarray
+    rank_start: np.ndarray
+    rank: np.ndarray
+
+    def segments(self, block_m: int) -> Segments:
+        return plan_segments(self.rows, self.rank_start, self.rank, block_m).to(self.x.device)
+
+    def owned(self, slot: int) -> slice:
+        return slice(self.rank_start[slot], self.rank_start[slot] + self.rank[slot])
+
+    def to(self, device: str, dtype: torch.dtype | None = None) -> Case:
+        tensors = {name: getattr(self, name).to(device, dtype) for name in ("x", "y", "a", "b")}
+        return replace(self, **tensors)
+
+    def take(self, tokens: np.ndarray) -> Case:
+        """The same adapters with these tokens only, in this order."""
+        index = torch.from_numpy(tokens).to(self.x.device)
+        return replace(self, x=self.x[index], y=self.y[index], rows=self.rows[tokens])
+
+
+@pytest.fixture(params=[Target("cpu", torch.float32), Target("cpu", torch.bfloat16)], ids=["float32", "bfloat16"])
+def reference_target(request: pytest.FixtureRequest) -> Target:
+    """Where the references are tested: in torch on the CPU, in this process."""
+    return request.param
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Case]:
+    def make(
+        rows: list[int],
+        target: Target = ON_CPU,
+        *,
+        ranks: tuple[int, ...],
+        k: int = 100,
+        widths: tuple[int, ...] = (150, 33, 7),
+    ) -> Case:
+        generator = torch.Generator().manual_seed(len(rows) + k)
+        pages = -(-np.array(ranks) // 8) * 8
+        # Adapters lie in the pool in reverse order, a free page behind each.
+        rank_start = (np.cumsum((pages + 8)[::-1])[::-1] - pages).astype(np.int32)
+        size = int((pages + 8).sum() + 8)
+        a, b = torch.full((len(widths), size, k), torch.nan), torch.full((size, sum(widths)), torch.nan)
+        case = Case(
+            x=torch.randn(len(rows), k, generator=generator),
+            y=torch.randn(len(rows), sum(widths), generator=generator),
+            a=a, b=b, widths=widths,
+            rows=np.array(rows, np.int32), rank_start=rank_start, rank=np.array(ranks, np.int32),
+        )  # fmt: skip
+        for slot in range(len(ranks)):
+            a[:, case.owned(slot)] = torch.randn(a[:, case.owned(slot)].shape, generator=generator)
+            b[case.owned(slot)] = torch.randn(b[case.owned(slot)].shape, generator=generator)
+        return case.to(target.device, target.dtype)
+
+    return make
+
+
+RANKS = (1, 8, 16, 17, 40, 64)
+BATCHES: dict[str, tuple[list[int], tuple[int, ...]]] = {
+    "mixed": ([3, -1, 0, 5, 5, -1, 1, 2, 4, 4, 0, -1, 3, 5], RANKS),
+    "one_adapter_many_tiles": ([1] * 35, RANKS),
+    "one_adapter_in_many_rows": ([-1, 2] * 20, RANKS),
+    "one_token": ([4], RANKS),
+    "one_token_of_rank_1": ([0], (1,)),
+    "one_token_without_adapter": ([NO_ADAPTER], RANKS),
+    "no_token": ([], RANKS),
+    "rank_beyond_a_block": ([1, 0, 1, -1], (5, 150)),
+}
+
+
+@pytest.fixture(params=BATCHES)
+def batch(request: pytest.FixtureRequest) -> tuple[list[int], tuple[int, ...]]:
+    """(rows, ranks of the adapters)."""
+    return BATCHES[request.param]
