@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Triton request to one checked `GenerateRequest`, by the rules of Triton's vllm_backend.
+
+Everything a client can get wrong ends here, before the engine hears of it, as one MultiloraError that names the
+field and the limit. What only the engine knows (does the adapter exist?) it answers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from multilora_backend.config import Config
+from multilora_backend.core import SamplingParams
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+from multilora_backend.frontend.sampling import INPUTS, Number, parse_sampling
+from multilora_backend.frontend.tensors import flag, json_value, shown, string
+from multilora_backend.frontend.tokenizer import Tokenizer
+from multilora_backend.protocol import ModelCard
+
+MAX_NAME_LENGTH = 256
+MAX_TENANT_LENGTH = 128
+PRIORITY = Number(True, -100, 100)
+
+_ADAPTER_NAMES = ("lora_name", "adapter")
+_ROUTING = (*_ADAPTER_NAMES, "request_priority", "tenant")
+_RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output"})
+_RESERVED_PREFIXES = ("triton_", "sequence_", "x-")
+"""Triton's own, and `x-`, since HTTP headers that an operator lets Triton forward arrive as parameters too."""
+
+
+@dataclass(frozen=True)
+class RawRequest:
+    """What pb_utils hands over: BYTES tensors are object arrays of bytes, BOOL ones np.bool_."""
+
+    tensors: Mapping[str, np.ndarray]
+    parameters: Mapping[str, object]
+    """json.loads(request.parameters())"""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    prompt_text: str
+    """What `echo` repeats; of a chat, the rendered template."""
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    """max_tokens is already cut to what the context leaves."""
+    adapter: str
+    """Empty for the base model."""
+    stream: bool
+    echo: bool
+    tenant: str
+    priority: int
+    return_finish_reason: bool
+    return_cumulative_logprob: bool
+    return_logprobs: bool
+    return_num_input_tokens: bool
+    return_num_output_tokens: bool
+    has_logprobs: bool
+    """The client set `logprobs`; without it return_logprobs reports null, as vllm_backend does."""
+
+
+def parse(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer) -> GenerateRequest:
+    """Raises MultiloraError; the cheap checks come before the prompt is tokenised."""
+    for name in raw.tensors:
+        if name in ("image", "embedding_request"):
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is not supported: this model takes and gives text")
+        if name not in INPUTS and name not in _ADAPTER_NAMES:
+            raise invalid(name, "is not an input of this model")
+    stream = bool(flag(raw.tensors, "stream"))
+    echo = _echo(raw, stream)
+    wanted = {name: bool(flag(raw.tensors, name)) for name in sorted(INPUTS) if name.startswith("return_")}
+    parameters, options = _options(raw, config)
+    adapter = _adapter([_adapter_tensors(raw), parameters, options], card)
+    sampling, has_logprobs = _sampling(raw, parameters, options, wanted, config, card)
+    priority = PRIORITY.read("request_priority", _first(parameters, options, "request_priority", 0))
+    tenant = _name("tenant", _first(parameters, options, "tenant", ""), MAX_TENANT_LENGTH)
+    text, ids = _prompt(raw, card, config, tokenizer)
+    return GenerateRequest(
+        prompt_text=text,
+        prompt_token_ids=ids,
+        sampling=_fitted(sampling, len(ids), card.max_model_len),
+        adapter=adapter,
+        stream=stream,
+        echo=echo,
+        tenant=tenant,
+        priority=int(priority),
+        has_logprobs=has_logprobs,
+        **wanted,
+    )
+
+
+def _echo(raw: RawRequest, stream: bool) -> bool:
+    """Whether the output begins with the prompt: by default yes, and never when streaming."""
+    exclude = flag(raw.tensors, "exclude_input_in_output")
+    if stream and exclude is False:
+        raise invalid(
+            "exclude_input_in_output", "must be true or absent when stream is true: a stream never repeats the prompt"
+        )
+    return not stream and not exclude
+
+
+def _options(raw: RawRequest, config: Config) -> tuple[dict[str, object], dict[str, object]]:
+    """The request parameters, less Triton's own, and the object in the `sampling_parameters` tensor (or nothing)."""
+    parameters = {
+        name: value
+        for name, value in raw.parameters.items()
+        if name not in _RESERVED and not name.lower().startswith(_RESERVED_PREFIXES)
+    }
+    text = string(raw.tensors, "sampling_parameters", config.max_prompt_bytes)
+    if text is None:
+        return parameters, {}
+    options = json_value("sampling_parameters", text)
+    if not isinstance(options, dict):
+        raise invalid("sampling_parameters", f"must be one JSON object, got {shown(options)}")
+    return parameters, options
+
+
+def _sampling(
+    raw: RawRequest,
+    parameters: Mapping[str, object],
+    options: Mapping[str, object],
+    wanted: Mapping[str, bool],
+    config: Config,
+    card: ModelCard,
+) -> tuple[SamplingParams, bool]:
+    """The tensor if there is one, else the request parameters: never a mixture. And whether it sets `logprobs`."""
+    if "sampling_parameters" in raw.tensors:
+        source, values = "sampling_parameters", options
+    else:
+        source, values = "parameters", parameters
+    sampling = parse_sampling(
+        {name: value for name, value in values.items() if name not in _ROUTING}, source, config, card.vocab_size
+    )
+    has_logprobs = sampling.logprobs is not None
+    if wanted["return_cumulative_logprob"] and not has_logprobs:
+        sampling = msgspec.structs.replace(sampling, logprobs=0)  # the engine sums up what it computes
+    return sampling, has_logprobs
+
+
+def _adapter_tensors(raw: RawRequest) -> dict[str, object]:
+    return {name: string(raw.tensors, name, MAX_NAME_LENGTH) for name in _ADAPTER_NAMES}
+
+
+def _adapter(levels: list[dict[str, object]], card: ModelCard) -> str:
+    """The first level (tensors, request parameters, JSON) that names an adapter decides; "" names the base model."""
+    for level in levels:
+        given = {name: level[name] for name in _ADAPTER_NAMES if level.get(name) is not None}
+        names = [_name(name, value, MAX_NAME_LENGTH) for name, value in given.items()]
+        if not names:
+            continue
+        if len(set(names)) > 1:
+            raise invalid("lora_name", f"and its alias adapter differ: {shown(names[0])} and {shown(names[1])}")
+        (field, *_), adapter = given, names[0]
+        if "/" in adapter or "\\" in adapter or ".." in adapter:
+            raise invalid(field, f"must be the name of an adapter, not a path, got {shown(adapter)}")
+        if adapter and not card.lora_enabled:
+            # vllm_backend's own words, which its clients and tests look for.
+            raise MultiloraError(ErrorCode.UNSUPPORTED, "LoRA feature is not enabled.")
+        return adapter
+    return ""
+
+
+def _first(parameters: Mapping[str, object], options: Mapping[str, object], name: str, default: object) -> object:
+    for level in (parameters, options):
+        if level.get(name) is not None:
+            return level[name]
+    return default
+
+
+def _name(field: str, value: object, max_length: int) -> str:
+    if not isinstance(value, str):
+        raise invalid(field, f"must be a string, got {shown(value)}")
+    if len(value) > max_length:
+        raise invalid(field, f"must have at most {max_length} characters, got {len(value)}")
+    if not value.isprintable():
+        raise invalid(field, f"must have printable characters only, got {shown(value)}")
+    return value
+
+
+def _prompt(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt's text and its ids, from `text_input` or through the chat template from `messages`."""
+    text = string(raw.tensors, "text_input", config.max_prompt_bytes)
+    chat = string(raw.tensors, "messages", config.max_prompt_bytes)
+    if text is not None and chat is not None:
+        raise invalid("messages", "must not be sent together with text_input")
+    if chat is not None:
+        field, text = "messages", tokenizer.render(json_value("messages", chat))
+    elif text is not None:
+        field = "text_input"
+    else:
+        raise invalid("text_input", "is required (or messages, for a chat)")
+    limit = f"must have at most {card.max_model_len - 1} tokens (max_model_len less one to generate)"
+    # Tokenising megabytes takes seconds, and this many characters cannot fit.
+    if len(text) > tokenizer.longest_token * card.max_model_len:
+        raise invalid(field, f"{limit}, got a text of {len(text)} characters")
+    # A template has written its special tokens itself.
+    ids = tokenizer.encode(text, add_special_tokens=field == "text_input") if text else []
+    if not ids:
+        raise invalid(field, "is empty: a prompt needs at least one token")
+    if len(ids) >= card.max_model_len:
+        raise invalid(field, f"{limit}, got {len(ids)}")
+    return text, ids
+
+
+def _fitted(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> SamplingParams:
+    """Cuts max_tokens, silently, to the room left in the context: such a request ends with "length", as in vLLM."""
+    room = max_model_len - prompt_tokens
+    if sampling.min_tokens > room:
+        raise invalid(
+            "min_tokens",
+            f"must be at most {room}, which {prompt_tokens} prompt tokens leave of max_model_len ({max_model_len}), "
+            f"got {sampling.min_tokens}",
+        )
+    return msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
