@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 256 * 2**20
 CPU_ADAPTER_BYTES = 256 * 2**20
+CHECK_ADAPTERS_S = 1.0
+"""How long the start waits for the check of all adapters; with thousands of them it goes on while serving."""
 
 
 class Engine:
@@ -55,6 +57,7 @@ class Engine:
             device=self.model.device,
             on_change=wake,
         )
+        self.adapters.check_all(wait_s=CHECK_ADAPTERS_S)
         self.scheduler = Scheduler(
             self.pages,
             self.adapters,
