@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 from collections.abc import Mapping
@@ -36,21 +37,24 @@ def address(host: str) -> str:
 
 
 def ports(host: str, asked: Mapping[str, int]) -> dict[str, int]:
-    """Replaces 0 by free ports. All are held at once, so that they differ; they are free, not reserved, afterwards."""
-    held = []
+    """Replaces 0 by free ports and refuses ports in use: another server there would answer in our server's place.
+
+    All are held at once, so that they differ; they are free, not reserved, afterwards.
+    """
     chosen = {}
-    try:
-        for kind, port in asked.items():
+    with contextlib.ExitStack() as held:
+        # The asked ones first: a free one must not take their place.
+        for kind, port in sorted(asked.items(), key=lambda item: -item[1]):
             if not 0 <= port < 65536:
                 raise invalid(f"{kind}_port", f"must be 0 to 65535, got {port}")
-            if not port:
-                held.append(socket.socket())
-                held[-1].bind((host, 0))
-                port = held[-1].getsockname()[1]
-            chosen[kind] = port
-    finally:
-        for holder in held:
-            holder.close()
+            holder = held.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no hindrance
+            try:
+                holder.bind((host, port))
+                holder.listen(1)  # with SO_REUSEADDR only a listening socket keeps others off the port
+            except OSError as error:
+                raise invalid(f"{kind}_port", f"cannot listen on {host}:{port}: {error.strerror}") from error
+            chosen[kind] = holder.getsockname()[1]
     return chosen
 
 

@@ -80,7 +80,7 @@ def _unpacked(home: Path, stub_environment: str | None) -> Installation:
         binary,
         "TRITON_HOME",
         backends=home / "backends",
-        libraries=(home / "libs", _python_libraries()),
+        libraries=(home / "libs", *_python_libraries()),
         stub_bin=Path(stub_environment) / "bin" if stub_environment else _environment_bin(),
     )
 
@@ -90,10 +90,19 @@ def _environment_bin() -> Path | None:
     return Path(sys.prefix, "bin") if sys.prefix != sys.base_prefix else None
 
 
-def _python_libraries() -> Path:
-    """The folder of libpython3.X.so, which the stub links. Debian's python3 lacks it; the set-up then puts it here."""
-    fetched = Path(sys.prefix, "triton", "lib")
-    return fetched if fetched.is_dir() else Path(sysconfig.get_config_var("LIBDIR"))
+def libpython() -> Path | None:
+    """The shared library of this CPython, which the Python stub links; None if this Python came without it.
+
+    Debian packages it apart from python3; the set-up then puts it into the environment.
+    """
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    folders = (f"{sys.prefix}/triton/lib", sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib")
+    return next((path for folder in folders if (path := Path(folder, name)).exists()), None)
+
+
+def _python_libraries() -> tuple[Path, ...]:
+    library = libpython()
+    return (library.parent,) if library else ()
 
 
 def _from_wheel(wheel: Path) -> Installation:
@@ -109,7 +118,7 @@ def _from_wheel(wheel: Path) -> Installation:
     library = wheel / "backends" / "python"
     for source in (library / "libtriton_python.so", library / "triton_python_backend_utils.py", stub):
         _link(source, backends / "python" / source.name)
-    libraries = (wheel.parent.parent / "nvidia_pytriton.libs", _python_libraries())
+    libraries = (wheel.parent.parent / "nvidia_pytriton.libs", *_python_libraries())
     return Installation(
         wheel / "bin" / "tritonserver",
         "nvidia-pytriton wheel",

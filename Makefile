@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` lists the targets. Every target sets .venv up first, which takes no time once it is done.
+
+MODEL        ?= examples/tiny/model
+ADAPTERS     ?= examples/tiny/adapters
+HOST         ?= 127.0.0.1
+HTTP_PORT    ?= 8000
+GRPC_PORT    ?= 8001
+METRICS_PORT ?= 8002
+INSTANCES    ?=
+ARGS         ?=
+
+BIN    := .venv/bin
+SETUP  := @scripts/setup.sh
+SHELLS := scripts/*.sh .ci/run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-gpu lint format bench perf example-model clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## create .venv from requirements.lock, with a tritonserver if there is none
+	$(SETUP)
+
+demo: ## stream one prompt through the base model and every example adapter
+	$(SETUP)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+serve: ## run the server until Ctrl-C; see MODEL, ADAPTERS, HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, INSTANCES
+	$(SETUP)
+	@exec $(BIN)/multilora serve --model "$(MODEL)" --adapters "$(ADAPTERS)" --instances $(or $(INSTANCES),0) \
+	  --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
+
+test: lint ## lint, then every test that needs no GPU
+	@$(BIN)/python -m pytest tests -m "not gpu" --durations=15 $(ARGS)
+
+test-gpu: ## the tests that need a CUDA device
+	$(SETUP)
+	@$(BIN)/python -m pytest tests -m gpu $(ARGS)
+
+lint: ## ruff, mypy, shellcheck and hadolint
+	$(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELLS)
+	$(BIN)/hadolint docker/Dockerfile
+
+format: ## let ruff rewrite the source
+	$(SETUP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: ## measure what docs/performance.md reports
+	$(SETUP)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+perf: ## drive a server of its own with Triton's perf_analyzer
+	$(SETUP)
+	@$(BIN)/python benchmarks/perf_analyzer.py --model "$(MODEL)" --adapters "$(ADAPTERS)" $(ARGS)
+
+example-model: ## train examples/tiny from nothing
+	$(SETUP)
+	@$(BIN)/python examples/train_tiny.py $(ARGS)
+
+clean: ## remove .venv and every cache
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapters are on the device: loading off the step loop, leases, eviction, and the reasons for failures.
+
+Everything here runs on the engine's thread and returns at once; only `Loader` has threads. Device memory is
+reserved when an adapter is requested, not when its weights have been read: whoever is requested first gets the
+room, and a reservation cannot be taken by a later request while its owner's weights are on their way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import torch
+
+from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.host import HostCache
+from multilora_backend.adapters.loader import Job, Loader, Outcome, ThreadLoader
+from multilora_backend.adapters.peft import check_adapter, fingerprint, read_adapter
+from multilora_backend.adapters.pool import MAX_RANKS, DevicePool
+from multilora_backend.adapters.ranks import Place, Placement, padded
+from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
+from multilora_backend.core import LoraSite
+from multilora_backend.errors import ErrorCode, MultiloraError
+
+log = logging.getLogger(__name__)
+
+RECHECK_S = 1.0
+"""A FAILED adapter's folder is looked at again this often at most: that is file system access on the step loop."""
+
+
+class AdapterManager:
+    """Engine-thread API. See `AdapterState` for the states and `scheduling.scheduler.Adapters` for its caller."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue | None,
+        sites: Sequence[LoraSite],
+        *,
+        device_bytes: int,
+        host_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        load_threads: int = 2,
+        max_ranks: int = MAX_RANKS,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        loader: Loader | None = None,
+    ) -> None:
+        """`catalogue` None: LoRA is off. `on_change` is called from loader threads when `poll` has news."""
+        enabled = catalogue is not None
+        self._catalogue = catalogue or Catalogue([])
+        self._pool = DevicePool(sites if enabled else [], device_bytes, dtype, device, max_ranks)
+        self.pool = self._pool if enabled else None
+        self.records = {name: AdapterRecord(name, self._catalogue.path(name)) for name in self._catalogue}
+        self._placement = Placement(self._pool.num_ranks)
+        self._host = HostCache(host_bytes)
+        self._clock = clock
+        self._loader = loader or ThreadLoader(
+            partial(read_adapter, sites=sites, dtype=dtype),
+            partial(check_adapter, sites=sites),
+            load_threads if enabled else 0,
+            on_change,
+        )
+        # One waiting load a thread keeps the threads busy; more would only fix an order that may change.
+        self._max_loading = 2 * load_threads
+        self._loading: dict[str, frozenset[str]] = {}
+        """LOADING adapters, and what their request may not evict."""
+        self._leases: dict[str, Lease] = {}
+        """ACTIVE adapters."""
+        self._no_room_for: float = math.inf
+        """Ranks that were asked for in vain since the last poll or release: larger requests need not look again."""
+        self._by_state = Counter(dict.fromkeys(AdapterState, 0))
+        self._by_state[AdapterState.COLD] = len(self.records)
+        self._loads = self._failures = self._evictions = 0
+        self._load_seconds: list[float] = []
+
+    def check_all(self, wait_s: float = 0.0) -> None:
+        """Starts checks of all configs and headers, waiting at most `wait_s`; `poll` makes the broken ones FAILED."""
+        for record in self.records.values():
+            if record.state is AdapterState.COLD:
+                self._loader.submit(Job(record.name, record.path, weights=False))
+        self._loader.wait_idle(wait_s)
+
+    def check(self, name: str) -> None:
+        """Raises MultiloraError if requests for this adapter cannot be served."""
+        record = self._record(name)
+        if record.state is not AdapterState.FAILED:
+            return
+        now = self._clock()
+        if now - record.looked_at >= RECHECK_S:
+            record.looked_at = now
+            if record.fingerprint is None or fingerprint(record.path) != record.fingerprint:
+                self._move(record, AdapterState.COLD)
+                return
+        raise MultiloraError(ErrorCode.INTERNAL, f"LoRA {name} could not be loaded: {record.reason}")
+
+    def request(self, name: str, protect: Collection[str] = ()) -> AdapterState:
+        """Asks for an adapter to become ACTIVE; call again while it is COLD: leases or other loads are in its way.
+
+        Room is made by evicting what was used least recently, has no leases, and is not in `protect`.
+        """
+        record = self._record(name)
+        if record.state is not AdapterState.COLD or len(self._loading) >= self._max_loading:
+            return record.state
+        # Before an adapter is looked at its rank is unknown: room is then found when it has been read.
+        if not record.rank or self._reserve(record, protect) is not None:
+            self._loading[name] = frozenset(protect)
+            self._move(record, AdapterState.LOADING)
+            cached = self._host.get(record.version)
+            self._loader.submit(Job(name, record.path, True, record.fingerprint, cached))
+        return record.state
+
+    def waits_for_room(self, name: str) -> bool:
+        """True if the last `request` was in vain because of leases, and not because other loads come first."""
+        record = self._record(name)
+        return record.state is AdapterState.COLD and record.rank > 0 and padded(record.rank) >= self._no_room_for
+
+    def lease(self, name: str) -> Lease | None:
+        """None unless ACTIVE. Give each lease back by `release`."""
+        lease = self._leases.get(name)
+        if lease is not None:
+            record = self.records[name]
+            record.leases += 1
+            record.last_used = self._clock()
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """Raises RuntimeError if the lease is not held."""
+        record = self.records[lease.name]
+        if self._leases.get(lease.name) != lease or record.leases < 1:
+            raise RuntimeError(f"adapter {lease.name}: a lease is given back that is not held")
+        record.leases -= 1
+        record.last_used = self._clock()
+        self._no_room_for = math.inf
+
+    def resident(self) -> Collection[str]:
+        """Names of the ACTIVE adapters."""
+        return self._leases.keys()
+
+    def in_host(self, name: str) -> bool:
+        """Whether the host cache has the weights that were last read."""
+        return self._record(name).version in self._host
+
+    def poll(self) -> list[str]:
+        """Takes in what the loader has finished; returns the adapters that FAILED, whose requests cannot be served."""
+        self._no_room_for = math.inf
+        failed = []
+        for outcome in self._loader.finished():
+            record = self.records[outcome.job.name]
+            before = record.state
+            if outcome.job.weights:
+                self._loaded(record, outcome)
+            elif before is AdapterState.COLD and not record.version:
+                self._checked(record, outcome)
+            if record.state is AdapterState.FAILED is not before:
+                failed.append(record.name)
+        return failed
+
+    def stats(self) -> AdapterStats:
+        seconds, self._load_seconds = self._load_seconds, []
+        by_state = {state.value: count for state, count in self._by_state.items()}
+        return AdapterStats(by_state, self._loads, self._failures, self._evictions, seconds)
+
+    def close(self) -> None:
+        self._loader.close()
+
+    def _record(self, name: str) -> AdapterRecord:
+        if self.pool is None:
+            raise MultiloraError(ErrorCode.INVALID_ARG, "LoRA feature is not enabled.")
+        if name not in self.records:
+            raise self._catalogue.unknown(name)
+        return self.records[name]
+
+    def _checked(self, record: AdapterRecord, outcome: Outcome) -> None:
+        record.fingerprint = outcome.fingerprint
+        if outcome.plan is not None:
+            record.rank = outcome.plan.rank
+        reason = outcome.reason or self._pool.too_large(record.rank)
+        if reason:
+            self._fail(record, reason)
+
+    def _loaded(self, record: AdapterRecord, outcome: Outcome) -> None:
+        protect = self._loading.pop(record.name)
+        place = self._placement.get(record.name)
+        record.fingerprint = outcome.fingerprint
+        record.version = ""
+        weights = outcome.weights
+        reason = outcome.reason if weights is None else self._pool.too_large(weights.rank)
+        if place is not None and (weights is None or reason or place.rank != weights.rank):
+            self._placement.free(record.name)
+            place = None
+        if weights is None or reason:
+            self._fail(record, reason)
+            return
+        record.version, record.rank, record.nbytes = weights.version, weights.rank, weights.nbytes
+        record.no_effect = weights.no_effect
+        self._host.put(weights)
+        place = place or self._reserve(record, protect)
+        if place is None:
+            self._move(record, AdapterState.COLD)
+            return
+        self._pool.write(weights, place.slot, place.rank_start)
+        record.load_seconds = self._clock() - record.since
+        record.last_used = self._clock()
+        self._move(record, AdapterState.ACTIVE)
+        self._leases[record.name] = Lease(record.name, record.version, place.slot, place.rank_start, place.rank)
+        self._loads += 1
+        self._load_seconds.append(record.load_seconds)
+        if record.no_effect:
+            log.warning("adapter %s: has no effect, all its deltas are zero", record.name)
+
+    def _reserve(self, record: AdapterRecord, protect: Collection[str]) -> Place | None:
+        """Device memory for an adapter of known rank, evicting for it if need be."""
+        if padded(record.rank) >= self._no_room_for:
+            return None
+        place = self._placement.claim(record.name, record.rank)
+        if place is not None:
+            return place
+        candidates = (self.records[name] for name in self._leases if name not in protect)
+        victims = self._placement.victims(record.rank, {r.name: r.last_used for r in candidates if not r.leases})
+        if victims is None:
+            self._no_room_for = padded(record.rank)
+            return None
+        for name in victims:
+            self._evict(self.records[name])
+        return self._placement.claim(record.name, record.rank)
+
+    def _evict(self, record: AdapterRecord) -> None:
+        self._move(record, AdapterState.EVICTING)
+        del self._leases[record.name]
+        self._pool.clear(self._placement.free(record.name).slot)
+        self._move(record, AdapterState.COLD)
+        self._evictions += 1
+
+    def _fail(self, record: AdapterRecord, reason: str) -> None:
+        self._failures += 1
+        log.warning("adapter %s (%s) failed: %s", record.name, record.path, reason)
+        record.rank = 0
+        record.looked_at = self._clock()
+        self._move(record, AdapterState.FAILED, reason)
+
+    def _move(self, record: AdapterRecord, to: AdapterState, reason: str = "") -> None:
+        self._by_state[record.state] -= 1
+        record.transition(to, self._clock(), reason)
+        self._by_state[to] += 1

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a PEFT folder to weights in device layout, strictly: every field understood, every tensor used, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.state import Fingerprint
+from multilora_backend.adapters.tensors import TensorInfo, read_data, read_header
+from multilora_backend.core import LoraSite
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+MAX_CONFIG_BYTES = 16 * 2**20
+
+_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Part:
+    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`."""
+
+    module: str
+    site: int
+    slice: int
+    rank: int
+    scale: float
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What a folder's config and header promise: all that can be known without reading the weights."""
+
+    parts: tuple[Part, ...]
+    rank: int
+    """The largest of a part."""
+    numel: int
+    """Elements in device layout."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteWeights:
+    a: Tensor
+    """[slices, rank, in_features]; rows of slices without LoRA, and beyond a module's own rank, are zero."""
+    b: Tensor
+    """[rank, width], multiplied by the scale; zero where A is."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """In the device pool's layout on the host, in one (pinned, if there is a CUDA device) allocation."""
+
+    version: str
+    """Content hash of the folder's config and weights."""
+    rank: int
+    sites: tuple[SiteWeights | None, ...]
+    """One for each site of the model; None where the adapter does nothing."""
+    nbytes: int
+    parts: tuple[Part, ...]
+    no_effect: bool
+    """Every product BA is zero."""
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """Changes when the folder's content does, as far as the file system's clock and sizes tell."""
+
+    def of(path: Path) -> tuple[int, int, int] | None:
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    return tuple(of(folder / name) for name in (CONFIG, WEIGHTS, PICKLED))
+
+
+def check_adapter(folder: Path, sites: Sequence[LoraSite]) -> AdapterPlan:
+    """All checks that need no weights: reads the config and the header. Raises as `read_adapter` does."""
+    config = PeftConfig.parse(_read_config(folder))
+    with _member(folder, WEIGHTS).open("rb") as file:
+        return _plan(config, read_header(file, WEIGHTS).tensors, sites)
+
+
+def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype) -> AdapterWeights:
+    """Reads, checks and lays out an adapter.
+
+    Raises MultiloraError with the reason if PEFT would compute anything else from this folder than we could, or
+    OSError if a file cannot be read. Scales are folded into B in float32 before the cast to `dtype`.
+    """
+    text = _read_config(folder)
+    config = PeftConfig.parse(text)
+    with _member(folder, WEIGHTS).open("rb") as file:
+        header = read_header(file, WEIGHTS)
+        plan = _plan(config, header.tensors, sites)
+        data = read_data(file, header, WEIGHTS)
+    digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text, digest_size=16)
+    digest.update(data)
+    flat = torch.zeros(plan.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
+    weights = _views(flat, plan, sites)
+    effects = [_fill(weights[part.site], part, sites[part.site], data) for part in plan.parts]
+    return AdapterWeights(
+        version=digest.hexdigest(),
+        rank=plan.rank,
+        sites=tuple(weights),
+        nbytes=flat.nbytes,
+        parts=plan.parts,
+        no_effect=not any(effects),
+    )
+
+
+def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[LoraSite]) -> AdapterPlan:
+    """Matches the config, the file's tensors and the model against each other."""
+    places = {m: (i, j) for i, site in enumerate(sites) for j, m in enumerate(site.modules)}
+    found: dict[tuple[str, str], TensorInfo] = {}
+    for name, info in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise MultiloraError(
+                ErrorCode.UNSUPPORTED,
+                f"{name}: is no lora_A or lora_B weight of a linear; embeddings, biases, magnitudes and full weights "
+                "are not supported yet",
+            )
+        module = match["module"]
+        if module not in places:
+            raise invalid(name, f"the base model has no linear {module} that LoRA can act on")
+        if not config.targets(module):
+            raise invalid(name, f"target_modules of {CONFIG} does not name {module}")
+        if info.dtype not in _DTYPES:
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: dtype {info.dtype} is not supported")
+        if found.setdefault((module, match["part"]), info) is not info:
+            raise invalid(name, "occurs twice, with and without the adapter's name")
+    parts = []
+    for module, (i, j) in places.items():
+        if not config.targets(module):
+            continue
+        rank, site = config.rank(module), sites[i]
+        a = _expect(found, module, "A", (rank, site.in_features))
+        b = _expect(found, module, "B", (site.out_features[j], rank))
+        parts.append(Part(module, i, j, rank, config.scale(module), a, b))
+    if not parts:
+        raise invalid("target_modules", "names no linear of the base model")
+    rank = max(part.rank for part in parts)
+    touched = [sites[i] for i in {part.site for part in parts}]
+    return AdapterPlan(tuple(parts), rank, sum(_site_numel(site, rank) for site in touched))
+
+
+def _expect(found: dict[tuple[str, str], TensorInfo], module: str, part: str, shape: tuple[int, int]) -> TensorInfo:
+    info = found.get((module, part))
+    if info is None:
+        raise invalid(f"{module}.lora_{part}", f"is missing in {WEIGHTS}, and target_modules names the module")
+    if info.shape != shape:
+        raise invalid(
+            info.name,
+            f"has shape {list(info.shape)}, expected {list(shape)} from the base model and the rank in {CONFIG}",
+        )
+    return info
+
+
+def _site_numel(site: LoraSite, rank: int) -> int:
+    return rank * (len(site.modules) * site.in_features + site.width)
+
+
+def _views(flat: Tensor, plan: AdapterPlan, sites: Sequence[LoraSite]) -> list[SiteWeights | None]:
+    weights: list[SiteWeights | None] = [None] * len(sites)
+    start = 0
+    for index in sorted({part.site for part in plan.parts}):
+        site = sites[index]
+        middle = start + len(site.modules) * plan.rank * site.in_features
+        stop = start + _site_numel(site, plan.rank)
+        a = flat[start:middle].view(len(site.modules), plan.rank, site.in_features)
+        weights[index] = SiteWeights(a, flat[middle:stop].view(plan.rank, site.width))
+        start = stop
+    return weights
+
+
+def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: bytearray) -> bool:
+    """Writes one module's A and scaled B. False if their product is zero."""
+    if weights is None:
+        raise RuntimeError(f"no room was laid out for {part.module}")
+    first = sum(site.out_features[: part.slice])
+    a = weights.a[part.slice, : part.rank]
+    b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
+    a.copy_(_tensor(part.a, data))
+    b.copy_((_tensor(part.b, data).float() * part.scale).T)
+    for info, laid_out in ((part.a, a), (part.b, b)):
+        if not torch.isfinite(laid_out).all():
+            raise invalid(info.name, f"does not fit {laid_out.dtype} with the scale {part.scale:g}")
+    return bool(a.any()) and bool(b.any())
+
+
+def _tensor(info: TensorInfo, data: bytearray) -> Tensor:
+    dtype = _DTYPES[info.dtype]
+    # A copy when the file does not align its tensors, as the format allows.
+    source = data[info.start : info.stop] if info.start % dtype.itemsize else data
+    offset = 0 if source is not data else info.start
+    tensor = torch.frombuffer(source, dtype=dtype, count=info.shape[0] * info.shape[1], offset=offset)
+    if not torch.isfinite(tensor).all():
+        raise invalid(info.name, "holds NaN or infinity")
+    return tensor.view(info.shape)
+
+
+def _read_config(folder: Path) -> bytes:
+    if not folder.is_dir():
+        raise invalid("folder", "does not exist")
+    path = _member(folder, CONFIG)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise invalid(CONFIG, f"is larger than {MAX_CONFIG_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _member(folder: Path, name: str) -> Path:
+    """A regular file of the folder. Links may lead within the folder only, as in mounted Kubernetes volumes."""
+    path = folder / name
+    if not path.exists():
+        if name == WEIGHTS and (folder / PICKLED).exists():
+            raise MultiloraError(
+                ErrorCode.UNSUPPORTED, f"{PICKLED}: pickled weights can run code and are refused; save as {WEIGHTS}"
+            )
+        raise invalid(name, "is missing")
+    real = path.resolve()
+    if not real.is_relative_to(folder.resolve()):
+        raise invalid(name, "is a symbolic link that leaves the adapter's folder")
+    if not real.is_file():
+        raise invalid(name, "is not a regular file")
+    return real

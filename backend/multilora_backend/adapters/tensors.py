@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads safetensors files without mapping them: a mapped file that shrinks under its reader kills the process.
+
+The format: a little-endian uint64 N, N bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from io import BufferedReader
+from typing import Any
+
+from multilora_backend.errors import MultiloraError, invalid
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER = 100 * 10**6
+"""The reference implementation's limit."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    name: str
+    dtype: str
+    """As the format spells it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin in the file, and"""
+    stop: int
+    """where they end."""
+
+
+@dataclass(frozen=True)
+class Header:
+    raw: bytes
+    """The file up to the first tensor."""
+    tensors: dict[str, TensorInfo]
+    file_size: int
+
+
+def read_header(file: BufferedReader, label: str) -> Header:
+    """Reads and checks the header alone. Raises MultiloraError if the file is not a whole safetensors file.
+
+    `label` names the file in errors.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise invalid(label, f"is truncated: {size} bytes")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER:
+        raise invalid(label, f"is not a safetensors file: it claims a header of {length} bytes")
+    raw = file.read(length)
+    if len(raw) < length:
+        raise invalid(label, f"is truncated: its header has {length} bytes, the file {size}")
+    try:
+        entries = json.loads(raw, object_pairs_hook=_unique)
+        if not isinstance(entries, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise invalid(label, f"is corrupt: its header is no JSON object ({error})") from error
+    begin = 8 + length
+    tensors = {name: _info(name, entry, begin, label) for name, entry in entries.items() if name != "__metadata__"}
+    end = begin
+    for info in sorted(tensors.values(), key=lambda info: info.start):
+        if info.start != end:
+            raise invalid(label, f"is corrupt: {info.name} begins at byte {info.start}, not at {end}")
+        end = info.stop
+    if end != size:
+        kind = "truncated" if size < end else "corrupt"
+        raise invalid(label, f"is {kind}: its tensors end at byte {end}, the file at {size}")
+    return Header(prefix + raw, tensors, size)
+
+
+def read_data(file: BufferedReader, header: Header, label: str) -> bytearray:
+    """The whole file. Raises MultiloraError if it is not the file any more that the header was read from."""
+    data = bytearray(header.file_size)
+    file.seek(0)
+    if file.readinto(data) != header.file_size or data[: len(header.raw)] != header.raw:
+        raise invalid(label, "changed while it was read")
+    return data
+
+
+def _info(name: str, entry: Any, begin: int, label: str) -> TensorInfo:
+    def corrupt(problem: str) -> MultiloraError:
+        return invalid(label, f"is corrupt: {name}: {problem}")
+
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, stop]
+    except (KeyError, TypeError, ValueError) as error:
+        raise corrupt("needs dtype, shape and two data_offsets") from error
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise corrupt(f"unknown dtype {dtype!r}")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise corrupt("shape and data_offsets must be whole numbers, 0 or more")
+    if math.prod(shape) * ITEMSIZE[dtype] != stop - start:
+        raise corrupt(f"{stop - start} bytes for {dtype} {list(shape)}")
+    return TensorInfo(name, dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return mapping

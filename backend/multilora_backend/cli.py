@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`multilora`: the server in the foreground, and the configuration reference."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from multilora_backend import launcher
+from multilora_backend.config import Config
+from multilora_backend.errors import MultiloraError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (MultiloraError, OSError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="multilora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run tritonserver with the model until Ctrl-C", allow_abbrev=False)
+    serve.add_argument("--model", default="", help="folder of a transformers model")
+    serve.add_argument("--adapters", default="", help="folder of PEFT adapters, or a YAML or JSON file name: folder")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--http-port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    serve.add_argument("--grpc-port", type=int, default=8001, help="0: a free one (default: %(default)s)")
+    serve.add_argument("--metrics-port", type=int, default=8002, help="0: a free one (default: %(default)s)")
+    serve.add_argument("--instances", type=int, default=0, help="front ends (default: as config.pbtxt says)")
+    serve.add_argument("--repository", type=Path, default=launcher.REPOSITORY, help="Triton model repository")
+    serve.add_argument(
+        "--drain", type=int, default=10, metavar="SECONDS", help="how long requests may go on after Ctrl-C"
+    )
+    serve.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a field of the configuration; see `multilora config`",
+    )
+    serve.set_defaults(run=_serve)
+
+    reference = commands.add_parser("config", help="print the configuration reference as a Markdown table")
+    reference.set_defaults(run=lambda options: print(config_reference()) or 0)
+    return parser
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+class _Stopped(BaseException):
+    """A stop signal arrived. Not an Exception: nothing between here and `_serve` may swallow it."""
+
+
+def _serve(options: argparse.Namespace) -> int:
+    def stop(number: int, frame: FrameType | None) -> None:
+        # A second signal while the server stops would leave processes behind; the stop is bounded anyway.
+        for each in _STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped
+
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's choice stays
+            signal.signal(number, stop)
+    try:
+        with launcher.TritonServer(
+            model=options.model,
+            adapters=options.adapters,
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            instances=options.instances,
+            settings=dict(options.settings),
+            repository=options.repository,
+            drain_s=options.drain,
+        ) as server:
+            seconds = server.wait_ready()
+            _say(f"ready after {seconds:.1f} s: HTTP {server.http}, gRPC {server.grpc}, metrics {server.metrics}")
+            code = server.wait()
+            _say(f"tritonserver {launcher.describe(code)}")
+            return 1
+    except _Stopped:
+        _say("stopped")
+        return 0
+
+
+def _say(text: str) -> None:
+    print(f"multilora: {text}", file=sys.stderr, flush=True)
+
+
+def config_reference() -> str:
+    """Every field of Config as a Markdown table, in Config's order; the field's docstring is its description."""
+    documentation = _field_docs()
+    types = get_type_hints(Config)
+    rows = ["| name | type | default | what it does |", "|---|---|---|---|"]
+    for field in dataclasses.fields(Config):
+        text = documentation.get(field.name, "")
+        rows.append(f"| `{field.name}` | {_type_name(types[field.name])} | {_value(field.default)} | {text} |")
+    return "\n".join(rows)
+
+
+def _field_docs() -> dict[str, str]:
+    """The strings below Config's fields, as one line each: Python keeps them in the source only."""
+    (definition,) = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(definition, ast.ClassDef)  # what getsource gives for a class
+    docs = {}
+    for field, following in zip(definition.body, definition.body[1:], strict=False):
+        match field, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str() as text)):
+                docs[name] = " ".join(text.split()).replace("|", "\\|")
+    return docs
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    return str(kind.__name__)
+
+
+def _value(default: Any) -> str:
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return "empty" if default == "" else f"`{default}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
