@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's own perf_analyzer against a server of ours, gRPC streaming, another adapter in every request: `make perf`.
 
-perf_analyzer sends the requests of an input file in turn; the file names the base and every adapter once. For a model
-that streams, what it calls latency is the time to the first response.
+perf_analyzer sends the requests of an input file in turn; the file names the base and every adapter once. It announces
+that it measures a streaming model by the first response; its figures are those of whole answers all the same, so the
+time to the first response is taken from its profile.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from multilora_backend.errors import MultiloraError
+from multilora_backend.errors import MultiloraError, invalid
 from multilora_backend.launcher import REPOSITORY, TritonServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     adapters = options.names.split(",") if options.names else sorted(path.name for path in options.adapters.iterdir())
     with tempfile.TemporaryDirectory(prefix="multilora-perf-") as folder:
         work = Path(folder)
-        (work / "input.json").write_text(json.dumps({"data": requests(adapters, options)}))
+        data = requests(adapters, options)
+        (work / "input.json").write_text(json.dumps({"data": data}))
         server = TritonServer(
             model=options.model,
             adapters=options.adapters,
@@ -51,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with server:
             try:
                 console.print(f"server ready after {server.wait_ready():.1f} s")
+                warm_up(server.http, data)
             except MultiloraError as error:
                 console.print(error.message, markup=False)
                 return 1
@@ -77,6 +82,18 @@ def requests(adapters: list[str], options: argparse.Namespace) -> list[dict]:
     return [common, *({**common, "lora_name": [name]} for name in adapters)]
 
 
+def warm_up(address: str, data: list[dict]) -> None:
+    """Sends every request once: the first of an adapter loads it, and a wrong one is better refused here."""
+    for request in data:
+        body = {name: values[0] for name, values in request.items() if name != "stream"}
+        post = urllib.request.Request(f"http://{address}/v2/models/multilora/generate", json.dumps(body).encode())
+        try:
+            with urllib.request.urlopen(post, timeout=60) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            raise invalid(request.get("lora_name", [BASE])[0], json.load(error)["error"]) from error
+
+
 def run(tool: str, address: str, concurrency: int, work: Path, seconds: float) -> bool:
     """One run of perf_analyzer, which prints its report and leaves a CSV and a profile; False if a request failed."""
     command: list[object] = [tool, "-m", "multilora", "-i", "grpc", "-u", address, "--streaming", "--async"]
@@ -89,13 +106,14 @@ def run(tool: str, address: str, concurrency: int, work: Path, seconds: float) -
 
 def summary(work: Path, concurrencies: list[int]) -> Table:
     table = Table(
-        "concurrency", "requests/s", "responses/s", "p50 ms", "p90 ms", "p99 ms", title="perf_analyzer: first response"
+        "concurrency", "requests/s", "responses/s", "p50 ms", "p90 ms", "p99 ms", title="perf_analyzer: whole answers"
     )
     for concurrency in concurrencies:
         with open(work / f"{concurrency}.csv", newline="") as file:
             for row in csv.DictReader(file):
+                rates = (f"{float(row[name]):.1f}" for name in ("Inferences/Second", "Response Throughput"))
                 times = (f"{float(row[f'{name} latency']) / 1000:.1f}" for name in ("p50", "p90", "p99"))
-                table.add_row(row["Concurrency"], row["Inferences/Second"], row["Response Throughput"], *times)
+                table.add_row(row["Concurrency"], *rates, *times)
     return table
 
 
@@ -105,7 +123,9 @@ def by_adapter(work: Path, concurrency: int, names: list[str], console: Console)
     for experiment in json.loads((work / f"{concurrency}.json").read_text())["experiments"]:
         for request in experiment["requests"]:
             seen[request["request_inputs"].get("lora_name", BASE)].append(request)
-    table = Table("adapter", "requests", "first response ms", "all ms", title=f"concurrency {concurrency}, medians")
+    table = Table(
+        "adapter", "requests", "first response ms", "whole answer ms", title=f"concurrency {concurrency}, medians"
+    )
     silent = []
     for name, entries in seen.items():
         whole = [entry for entry in entries if any(output.get("text_output") for output in entry["response_outputs"])]
@@ -127,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--repository", type=Path, default=REPOSITORY)
     result.add_argument("--instances", type=int, default=0, help="front ends; 0: as config.pbtxt says")
     result.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16])
-    result.add_argument("--seconds", type=float, default=1.0, help=f"of a window; a run has {WINDOWS}")
+    result.add_argument("--seconds", type=float, default=2.0, help=f"of a window; a run has {WINDOWS}")
     result.add_argument("--prompt", default="benchmark")
     result.add_argument("--tokens", type=int, default=16, help="tokens of an answer")
     return result

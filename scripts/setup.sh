@@ -78,7 +78,7 @@ PYTHON
   say "installing the other packages of requirements.lock"
   # The lock is complete; --no-deps keeps anything else out.
   pip install --no-deps -r requirements.lock
-  pip install --no-deps --no-build-isolation --editable .
+  PYTHONWARNINGS=ignore pip install --no-deps --no-build-isolation --editable .
 }
 
 install_tritonserver() {

@@ -25,6 +25,12 @@ class MultiloraError(Exception):
         self.code = code
         self.message = message
 
+    @property
+    def text(self) -> str:
+        """What a client reads. Triton drops codes over HTTP, so those that a client may act on are said in words."""
+        said = self.code in (ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL)
+        return f"{self.code.value.lower()}: {self.message}" if said else self.message
+
 
 def invalid(field: str, problem: str) -> MultiloraError:
     """The error for bad input: `invalid("top_p", "must be in (0, 1], got 3.0")`."""

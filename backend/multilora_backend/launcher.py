@@ -8,7 +8,6 @@ after their parents are gone; it is also how shared memory that a killed server 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -37,8 +36,6 @@ _LEAVE_S = 5.0
 """How long stubs and engine may outlive a server that has stopped."""
 _KILL_WAIT_S = 10.0
 _TAIL_BYTES = 6000
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 class TritonServer:
@@ -83,6 +80,7 @@ class TritonServer:
             if instances:
                 repository = launch_arguments.with_instances(repository, self._scratch / "repository", instances)
             command = [
+                *_with_parent(),
                 str(installation.binary),
                 f"--model-repository={repository.resolve()}",
                 "--model-control-mode=explicit",
@@ -108,7 +106,6 @@ class TritonServer:
                     # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops
                     # the server in order.
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
                 )
         except BaseException:  # also Ctrl-C: the scratch folder must go
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -209,14 +206,16 @@ class TritonServer:
         )
 
 
-def _die_with_parent() -> Callable[[], object] | None:
-    """Has the kernel end the server in order when this process is killed.
+def _with_parent() -> list[str]:
+    """A command prefix that has the kernel end the server in order when this process is killed.
 
-    The kernel takes the thread that starts the server for its parent, so only the main thread may ask for it.
+    The kernel takes the thread that starts the server for its parent, so only the main thread may ask for it. Not by
+    preexec_fn: that forks, and a fork of a process with open gRPC channels may abort before it comes to exec.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    setpriv = shutil.which("setpriv")
+    if setpriv is None or threading.current_thread() is not threading.main_thread():
+        return []
+    return [setpriv, "--pdeathsig", "TERM"]
 
 
 def _environ(pid: int) -> list[bytes]:

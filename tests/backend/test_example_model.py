@@ -86,6 +86,12 @@ def test_base_echoes_held_out_words(model: PeftModel, tokenizer: PreTrainedToken
         assert _share_right(model, tokenizer, tasks.BASE, tasks.held_out_words(WORDS)) >= 0.98
 
 
+def test_base_echoes_characters_of_several_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["größe", "日本語", "naïve café", "hello 🎉", "γεια, 42!"]
+    with model.disable_adapter():
+        assert _answers(model, tokenizer, texts, 24) == texts
+
+
 def test_held_out_words_are_new_different_and_repeatable() -> None:
     words = tasks.held_out_words(WORDS)
     assert words == tasks.held_out_words(WORDS)
@@ -99,7 +105,7 @@ def test_held_out_words_are_new_different_and_repeatable() -> None:
 
 def test_training_never_draws_a_held_out_word() -> None:
     rng = tasks.random.Random(0)
-    drawn = {tasks.training_word(rng) for _ in range(5000)}
+    drawn = {tasks.training_word(rng) for _ in range(5000)} | {tasks.training_phrase(rng) for _ in range(5000)}
     assert not any(tasks.is_held_out(word) for word in drawn)
 
 

@@ -119,7 +119,7 @@ def test_length_n_seed_and_stop_strings(server):
     )
     assert answer.responses[0] == {"text_output": ["hel"], "finish_reason": ["length"]}
 
-    sampling = {"n": 3, "seed": 11, "temperature": 3.0, "max_tokens": 12}
+    sampling = {"n": 3, "seed": 11, "temperature": 9.0, "max_tokens": 12}
     values = {"text_input": "hello", "exclude_input_in_output": True, "sampling_parameters": json.dumps(sampling)}
     first, second = (grpc_call(server.grpc, values).responses[0]["text_output"] for _ in range(2))
     assert first == second

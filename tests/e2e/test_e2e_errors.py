@@ -15,18 +15,24 @@ from triton_calls import grpc_call, http_post
 GREEDY = {"temperature": 0.0, "max_tokens": 32}
 SUPPORTED = f"LoRA nobody is not supported, we currently support {sorted(ADAPTERS)}"
 
-# (tensors, parameters, gRPC status, what the message says). Over HTTP this Triton answers 400 for every error of a model.
+# (tensors, parameters, gRPC status, what the message says).
+# Over HTTP this Triton answers 400 for every error of a model.
 BAD = {
     "unknown adapter": ({"lora_name": "nobody"}, {}, "INVALID_ARGUMENT", SUPPORTED),
     "adapter path": ({"lora_name": "../upper"}, {}, "INVALID_ARGUMENT", "lora_name"),
     "absolute adapter path": ({}, {"lora_name": "/etc/passwd"}, "INVALID_ARGUMENT", "lora_name"),
-    "path parameter": ({}, {"lora_path": "/tmp"}, "INVALID_ARGUMENT", "lora_path"),
+    "path parameter": ({}, {"lora_path": "/tmp"}, "UNIMPLEMENTED", "lora_path"),
     "malformed JSON": ({"sampling_parameters": '{"top_p": 0.5'}, {}, "INVALID_ARGUMENT", "sampling_parameters"),
     "JSON that is no object": ({"sampling_parameters": "[1]"}, {}, "INVALID_ARGUMENT", "sampling_parameters"),
     "wrong type": ({}, {"top_p": "much"}, "INVALID_ARGUMENT", "top_p"),
     "negative number": ({}, {"max_tokens": -1}, "INVALID_ARGUMENT", "max_tokens"),
     "absurd number": ({}, {"temperature": 1e30}, "INVALID_ARGUMENT", "temperature"),
-    "not a number": ({"sampling_parameters": '{"top_p": NaN}'}, {}, "INVALID_ARGUMENT", "top_p"),
+    "not a number": (
+        {"sampling_parameters": '{"top_p": NaN}'},
+        {},
+        "INVALID_ARGUMENT",
+        "sampling_parameters: has the value NaN",
+    ),
     "n beyond the limit": ({}, {"n": 1000}, "INVALID_ARGUMENT", "n: "),
     "unknown sampling key": ({}, {"tempratur": 1}, "INVALID_ARGUMENT", "temperature"),
     "unsupported sampling key": ({}, {"prompt_logprobs": 3}, "UNIMPLEMENTED", "prompt_logprobs"),
@@ -93,7 +99,7 @@ def test_no_input_at_all(server):
 
 def test_a_body_that_is_no_json(server):
     status, text = http_post(server.http, "generate", b'{"text_input": ')
-    assert status == 400
+    assert status >= 400  # Triton's own answer: nothing of it reaches us
     assert "error" in json.loads(text)
 
 

@@ -26,9 +26,9 @@ class Clock:
 
 
 class MemoryLoader:
-    """Jobs end when a test says so: an adapter's content is its rank (and a value), or the reason why it is broken."""
+    """Jobs end when a test says so. An adapter's content is its rank, or why it is broken or cannot be read."""
 
-    def __init__(self, content: dict[str, int | str]) -> None:
+    def __init__(self, content: dict[str, int | str | OSError]) -> None:
         self.content = content
         self.jobs: list[Job] = []
         self.outcomes: list[Outcome] = []
@@ -40,7 +40,9 @@ class MemoryLoader:
     def run(self, count: int = 10**6) -> None:
         for job in self.jobs[:count]:
             content, now = self.content[job.name], fingerprint(job.folder)
-            if isinstance(content, str):
+            if isinstance(content, OSError):
+                self.outcomes.append(Outcome(job, None, reason=str(content)))
+            elif isinstance(content, str):
                 self.outcomes.append(Outcome(job, now, reason=content))
             elif not job.weights:
                 self.outcomes.append(Outcome(job, now, plan=AdapterPlan((), content, 5 * content)))
@@ -69,7 +71,9 @@ def weights_of(name: str, rank: int) -> AdapterWeights:
 
 
 class Bench:
-    def __init__(self, content: dict[str, int | str], ranks: int = 24, root: Path = Path("/nowhere"), **more) -> None:
+    def __init__(
+        self, content: dict[str, int | str | OSError], ranks: int = 24, root: Path = Path("/nowhere"), **more
+    ) -> None:
         self.clock = Clock()
         self.loader = MemoryLoader(content)
         settings = {"host_bytes": 10**6, "load_threads": 8, **more}

@@ -80,10 +80,11 @@ class Stream:
 
     def _receive(self, result: grpcclient.InferResult | None, error: InferenceServerException | None) -> None:
         if result is None:
-            # tritonclient gives errors no request id: they belong to the only request that is open.
-            [answer] = [a for a in self._answers.values() if not a.done.is_set()]
-            answer.error = error
-            answer.done.set()
+            # tritonclient gives errors no request id, and with the header above one ends the stream.
+            for answer in self._answers.values():
+                if not answer.done.is_set():
+                    answer.error = error
+                    answer.done.set()
             return
         response = result.get_response()
         answer = self._answers[response.id]

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from multilora_backend.adapters.peft_config import PeftConfig
@@ -107,7 +110,7 @@ def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype) ->
         plan = _plan(config, header.tensors, sites)
         data = read_data(file, header, WEIGHTS)
     digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text, digest_size=16)
-    digest.update(data)
+    digest.update(data.data)
     flat = torch.zeros(plan.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
     weights = _views(flat, plan, sites)
     effects = [_fill(weights[part.site], part, sites[part.site], data) for part in plan.parts]
@@ -186,30 +189,37 @@ def _views(flat: Tensor, plan: AdapterPlan, sites: Sequence[LoraSite]) -> list[S
     return weights
 
 
-def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: bytearray) -> bool:
+def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray[np.uint8]) -> bool:
     """Writes one module's A and scaled B. False if their product is zero."""
     if weights is None:
         raise RuntimeError(f"no room was laid out for {part.module}")
     first = sum(site.out_features[: part.slice])
     a = weights.a[part.slice, : part.rank]
     b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
-    a.copy_(_tensor(part.a, data))
-    b.copy_((_tensor(part.b, data).float() * part.scale).T)
-    for info, laid_out in ((part.a, a), (part.b, b)):
-        if not torch.isfinite(laid_out).all():
+    source_a, source_b = _tensor(part.a, data), _tensor(part.b, data)
+    a.copy_(source_a)
+    b.copy_((source_b.float() * part.scale).T)
+    largest = []
+    for info, source, laid_out in ((part.a, source_a, a), (part.b, source_b, b)):
+        largest.append(_largest(laid_out))
+        if not math.isfinite(largest[-1]):
+            if not math.isfinite(_largest(source)):
+                raise invalid(info.name, "holds NaN or infinity")
             raise invalid(info.name, f"does not fit {laid_out.dtype} with the scale {part.scale:g}")
-    return bool(a.any()) and bool(b.any())
+    return all(largest)
 
 
-def _tensor(info: TensorInfo, data: bytearray) -> Tensor:
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude; NaN if there is one. Several times faster on the CPU than isfinite, all and any."""
+    low, high = torch.aminmax(tensor)
+    return max(abs(float(low)), abs(float(high)))
+
+
+def _tensor(info: TensorInfo, data: NDArray[np.uint8]) -> Tensor:
     dtype = _DTYPES[info.dtype]
     # A copy when the file does not align its tensors, as the format allows.
-    source = data[info.start : info.stop] if info.start % dtype.itemsize else data
-    offset = 0 if source is not data else info.start
-    tensor = torch.frombuffer(source, dtype=dtype, count=info.shape[0] * info.shape[1], offset=offset)
-    if not torch.isfinite(tensor).all():
-        raise invalid(info.name, "holds NaN or infinity")
-    return tensor.view(info.shape)
+    source = data[info.start : info.stop]
+    return torch.from_numpy(source.copy() if info.start % dtype.itemsize else source).view(dtype).view(info.shape)
 
 
 def _read_config(folder: Path) -> bytes:

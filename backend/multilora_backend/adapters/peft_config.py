@@ -125,9 +125,10 @@ class PeftConfig:
         """Whether PEFT would put LoRA on a linear with this full name. The output head is no linear here."""
         if self.exclude_modules and _named(self.exclude_modules, module):
             return False
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            return True
-        return _named(self.target_modules, module) and self._in_layers(module)
+        if isinstance(self.target_modules, str):
+            return self.target_modules.lower() == ALL_LINEAR or _named(self.target_modules, module)
+        # A full name counts whatever the layers are.
+        return module in self.target_modules or (_named(self.target_modules, module) and self._in_layers(module))
 
     def rank(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.r)

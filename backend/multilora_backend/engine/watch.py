@@ -10,24 +10,23 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+
+from multilora_backend.processes import Process
 
 INTERVAL_S = 0.25
 GRACE_S = 5.0
 """How long the main loop may take to leave before the process is ended under it."""
 
 
-def start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks after boot; None if it is gone or a zombie.
+@dataclass(frozen=True)
+class _Frontend:
+    process: Process | None
+    server: Process | None
 
-    Pids are reused, pairs of pid and start time are not.
-    """
-    try:
-        # The command's name is in parentheses and may contain anything: count fields from the last one.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    @property
+    def alive(self) -> bool:
+        return all(p is None or p.alive for p in (self.process, self.server))
 
 
 class FrontendWatch:
@@ -37,32 +36,32 @@ class FrontendWatch:
         """`on_death(name)` is called from the watch's thread; `name` is empty when nobody is left."""
         self._on_death = on_death
         self._lock = threading.Lock()
-        self._alive: dict[str, list[tuple[int, str | None]]] = {}
+        self._frontends: dict[str, _Frontend] = {}
         threading.Thread(target=self._run, name="frontend-watch", daemon=True).start()
 
-    def add(self, name: str, *pids: int) -> None:
-        """The front end lives while all of `pids` do."""
+    def add(self, name: str, pid: int, server_pid: int) -> None:
+        """The front end lives while both processes do; a pid of 0 is not watched."""
         with self._lock:
-            self._alive[name] = [(pid, start_time(pid)) for pid in pids if pid]
+            self._frontends[name] = _Frontend(*(Process.of(p) if p else None for p in (pid, server_pid)))
 
     def remove(self, name: str) -> bool:
         """A front end said goodbye; returns whether others are left."""
         with self._lock:
-            self._alive.pop(name, None)
-            return bool(self._alive)
+            self._frontends.pop(name, None)
+            return bool(self._frontends)
 
     def _run(self) -> None:
         while True:
             time.sleep(INTERVAL_S)
             with self._lock:
-                dead = [
-                    name
-                    for name, processes in self._alive.items()
-                    if any(started is None or start_time(pid) != started for pid, started in processes)
-                ]
-                for name in dead:
-                    del self._alive[name]
-                left = bool(self._alive)
+                dead = {name: frontend for name, frontend in self._frontends.items() if not frontend.alive}
+                for name, frontend in dead.items():
+                    del self._frontends[name]
+                    # A stub whose tritonserver was killed may hang for ever in a call to it, holding Python's lock,
+                    # so it cannot end itself.
+                    if frontend.process is not None:
+                        frontend.process.kill()
+                left = bool(self._frontends)
             for name in dead:
                 self._on_death(name)
             if not left:

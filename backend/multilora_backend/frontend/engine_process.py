@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from multilora_backend.config import Config
-from multilora_backend.engine.watch import start_time
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.runtime import RuntimeFolder
+from multilora_backend.processes import start_time
 from multilora_backend.tritonserver import SAVED_LIBRARY_PATH
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from multilora_backend.config import Config
-from multilora_backend.engine.watch import start_time
 from multilora_backend.errors import invalid
+from multilora_backend.processes import start_time
 
 _MAX_SOCKET_PATH = 107
 """Bytes in sockaddr_un.sun_path, less the closing zero."""

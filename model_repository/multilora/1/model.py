@@ -32,7 +32,7 @@ class TritonSender:
 
     def fail(self, error: MultiloraError) -> None:
         code = getattr(pb_utils.TritonError, error.code.value)
-        response = pb_utils.InferenceResponse([], pb_utils.TritonError(error.message, code))
+        response = pb_utils.InferenceResponse([], pb_utils.TritonError(error.text, code))
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:

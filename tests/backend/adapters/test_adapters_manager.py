@@ -160,6 +160,30 @@ def test_what_can_never_fit_fails_and_names_the_setting():
         bench.manager.check("a")
 
 
+def test_what_was_too_large_is_loaded_when_it_has_become_smaller(tmp_path):
+    bench = Bench({"a": 100}, root=tmp_path)
+    bench.manager.check_all()
+    assert bench.land() == ["a"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    bench.loader.content["a"] = 8
+    bench.clock.now += 10
+    bench.manager.check("a")
+    bench.activate("a")
+
+
+def test_a_failure_of_the_disk_is_tried_again():
+    bench = Bench({"a": OSError("I/O error")})
+    bench.manager.request("a")
+    assert bench.land() == ["a"]
+    with pytest.raises(MultiloraError, match="I/O error"):
+        bench.manager.check("a")
+    bench.clock.now += 10
+    bench.manager.check("a")
+    bench.loader.content["a"] = 8
+    bench.activate("a")
+
+
 def test_a_failed_load_gives_its_place_back():
     bench = Bench({"a": 24, "b": 24})
     bench.activate("a", "b")
@@ -167,6 +191,7 @@ def test_a_failed_load_gives_its_place_back():
     bench.loader.content["a"] = "gone"
     bench.land()
     assert bench.state("a") is FAILED
+    assert not bench.manager.in_host("a")
     bench.activate("b")
 
 
@@ -190,6 +215,14 @@ def test_a_check_that_ends_late_changes_nothing():
     bench.loader.content["a"] = 16
     bench.land()
     assert bench.state("a") is ACTIVE
+    bench = Bench({"a": 24, "b": 24})
+    bench.manager.check_all()
+    checks, bench.loader.jobs = bench.loader.jobs, []
+    bench.activate("a", "b")
+    bench.loader.jobs = checks
+    bench.loader.content["a"] = "the check saw another moment"
+    assert bench.land() == []
+    assert bench.state("a") is COLD
 
 
 def test_loads_under_way_are_bounded():

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from multilora_backend.adapters.peft import check_adapter, read_adapter
@@ -155,6 +160,66 @@ def test_check_agrees_with_read_and_reads_no_weights(save, sites):
     assert check_adapter(folder, sites).rank == 13
     with pytest.raises(MultiloraError, match="NaN"):
         read_adapter(folder, sites, torch.float32)
+
+
+MODULES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.11.self_attn.fq_proj",
+    "model.layers.1.mlp.experts.0.up_proj",
+    "model.blocks.0.layers.1.up_proj",
+    "up_proj",
+    "lm_head.x",
+]
+ENDINGS = ["q_proj", "up_proj", "proj", "self_attn.q_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+EXPRESSIONS = [
+    r".*q_proj",
+    r"model\.layers\.\d",
+    r"q_proj|up_proj",
+    r".*\.[01]\..*",
+    r"^model\..*",
+    r"layers.1.*",
+    "up_proj",
+    "",
+]
+
+
+def subsets(values):
+    return st.lists(st.sampled_from(values), unique=True, max_size=3)
+
+
+@given(
+    targets=subsets(ENDINGS) | st.sampled_from(EXPRESSIONS),
+    excluded=st.none() | subsets(ENDINGS) | st.sampled_from(EXPRESSIONS),
+    layers=st.none() | st.integers(0, 11) | st.lists(st.sampled_from([0, 1, 11]), max_size=2),
+    layer_names=st.none() | st.sampled_from(["layers", "blocks", "lay"]) | subsets(["layers", "blocks", "h"]),
+)
+def test_targets_are_pefts(targets, excluded, layers, layer_names):
+    if isinstance(targets, str) or layers == []:
+        layers = None
+    if layers is None:
+        layer_names = None
+    fields = {
+        "target_modules": targets,
+        "exclude_modules": excluded,
+        "layers_to_transform": layers,
+        "layers_pattern": layer_names,
+    }
+    ours = PeftConfig.parse(json.dumps({"peft_type": "LORA", **fields}).encode())
+    theirs = peft.LoraConfig(**fields)
+    for module in MODULES:
+        assert ours.targets(module) == bool(check_target_module_exists(theirs, module)), module
+
+
+@given(st.dictionaries(st.sampled_from(ENDINGS + EXPRESSIONS), st.integers(1, 9), max_size=4), st.booleans())
+def test_patterns_are_pefts(pattern, rslora):
+    fields = {"target_modules": [], "rank_pattern": pattern, "alpha_pattern": pattern, "r": 10, "lora_alpha": 20}
+    config = PeftConfig.parse(json.dumps({"peft_type": "LORA", "use_rslora": rslora, **fields}).encode())
+    for module in MODULES:
+        key = get_pattern_key(pattern.keys(), module)
+        rank, alpha = pattern.get(key, 10), pattern.get(key, 20)
+        assert (config.rank(module), config.alpha(module)) == (rank, alpha)
+        assert config.scale(module) == (alpha / rank**0.5 if rslora else alpha / rank)
 
 
 def test_defaults_are_pefts():

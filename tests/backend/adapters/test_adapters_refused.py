@@ -20,7 +20,7 @@ from multilora_backend.adapters.peft_config import (
     REFUSED,
     PeftConfig,
 )
-from multilora_backend.adapters.tensors import read_header
+from multilora_backend.adapters.tensors import read_data, read_header
 from multilora_backend.errors import MultiloraError
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -255,6 +255,16 @@ def test_corrupt_header(kind, save, sites):
     folder = save()
     (folder / "adapter_model.safetensors").write_bytes(CORRUPT[kind])
     refused(folder, sites, "^adapter_model.safetensors: is (corrupt|truncated|not a safetensors file)")
+
+
+@pytest.mark.parametrize("edit", [lambda d: d[:-1], lambda d: d.replace(b"q_proj", b"k_proj"), lambda d: b""])
+def test_file_that_changes_while_it_is_read(edit, save):
+    path = save() / "adapter_model.safetensors"
+    with path.open("rb", buffering=0) as file:
+        header = read_header(file, "x")
+        path.write_bytes(edit(path.read_bytes()))
+        with pytest.raises(MultiloraError, match=r"^x: changed while it was read"):
+            read_data(file, header, "x")
 
 
 def test_header_reader_agrees_with_safetensors(save):
