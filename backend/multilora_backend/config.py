@@ -32,6 +32,7 @@ class Config:
     adapters: str = ""
     """Folder with one PEFT adapter a sub-folder, or a YAML or JSON file `name: folder`. Empty: LoRA is off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if torch sees a CUDA device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on the CPU, the checkpoint's dtype on CUDA."""
     max_model_len: int = 0
@@ -49,8 +50,11 @@ class Config:
     kv_cache_bytes: int = 0
     """0: on the CPU 256 MiB, on CUDA what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that weights, adapters and KV pages may take together."""
     enable_prefix_caching: bool = True
+    """Requests of the same adapter version with the same beginning share KV pages."""
     policy: Literal["adapter_first", "first_come"] = "adapter_first"
+    """Which waiting request is next: those whose adapter is resident, or strictly the oldest."""
     max_overtake_s: float = 2.0
     """adapter_first: a request that has waited this long is no longer overtaken by requests of resident adapters."""
 
@@ -62,6 +66,7 @@ class Config:
     adapter_host_bytes: int = 4 * 2**30
     """Host cache for adapters in device layout."""
     adapter_load_threads: int = 2
+    """Threads that read, check and lay out adapters."""
     lora_strategy: Literal["auto", "reference", "grouped"] = "auto"
     """auto: reference on the CPU, grouped (Triton-lang kernels) on CUDA."""
 
@@ -69,6 +74,7 @@ class Config:
     default_max_tokens: int = 16
     """When a request names no max_tokens; vLLM's default."""
     max_prompt_bytes: int = 4 * 2**20
+    """Longer prompts are refused before they are tokenised."""
     max_n: int = 16
     """Largest `n` of a request."""
 
@@ -76,12 +82,15 @@ class Config:
     engine_python: str = ""
     """Interpreter of the engine process; empty: the first python3 on PATH."""
     engine_start_timeout_s: float = 600.0
+    """How long the load of the Triton model waits for the engine."""
     runtime_dir: str = ""
     """Where the engine's socket lies; empty: a folder of this server in the system's temporary folder."""
     num_threads: int = 0
     """torch's CPU threads in the engine; 0: torch's own choice."""
     report_custom_metrics: bool = True
+    """Metrics on Triton's endpoint; REPORT_CUSTOM_METRICS of vllm_backend sets it too."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of the front end and the engine."""
 
     def __post_init__(self) -> None:
         def require(name: str, ok: bool, limit: str) -> None:

@@ -99,6 +99,7 @@ def test_kill_9_of_the_engine(launch):
         stream.close()
 
     def works() -> bool:
+        assert server.poll() is None, server.log_tail()
         status, _ = http_post(server.http, "generate", {"text_input": "hello", **GREEDY})
         assert status in (200, 400)
         return status == 200
@@ -153,6 +154,7 @@ def test_two_front_ends_share_one_engine(launch, metrics):
     time.sleep(0.5)
 
     def all_work() -> bool:
+        assert server.poll() is None, server.log_tail()
         statuses = [http_post(server.http, "generate", {"text_input": "hello", **GREEDY})[0] for _ in range(6)]
         return statuses == [200] * 6
 

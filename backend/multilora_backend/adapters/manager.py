@@ -94,7 +94,7 @@ class AdapterManager:
         now = self._clock()
         if now - record.looked_at >= RECHECK_S:
             record.looked_at = now
-            if record.fingerprint is None or fingerprint(record.path) != record.fingerprint:
+            if fingerprint(record.path) != record.fingerprint:
                 self._move(record, AdapterState.COLD)
                 return
         raise MultiloraError(ErrorCode.INTERNAL, f"LoRA {name} could not be loaded: {record.reason}")

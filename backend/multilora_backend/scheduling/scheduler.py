@@ -134,11 +134,13 @@ class Scheduler:
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 break
             if sequence.adapter:
+                if draining:
+                    continue  # not even a request: it could take the room that is being drained for
                 state = self._request(sequence, soon)
                 soon.add(sequence.adapter)
                 no_slot = self.adapters.waits_for_room(sequence.adapter) or self._batch_full(sequence)
                 draining |= no_slot and self.policy.overdue(sequence, snapshot)
-                if draining or no_slot or state is not AdapterState.ACTIVE:
+                if no_slot or state is not AdapterState.ACTIVE:
                     continue
                 sequence.lease = self.adapters.lease(sequence.adapter)
             self.pages.admit(sequence, _root(sequence))

@@ -8,7 +8,7 @@ import json
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -194,6 +194,8 @@ def subsets(values):
     layers=st.none() | st.integers(0, 11) | st.lists(st.sampled_from([0, 1, 11]), max_size=2),
     layer_names=st.none() | st.sampled_from(["layers", "blocks", "lay"]) | subsets(["layers", "blocks", "h"]),
 )
+@example(targets=["up_proj"], excluded=None, layers=1, layer_names="layers")
+@example(targets=["up_proj"], excluded=None, layers=[0], layer_names=None)
 def test_targets_are_pefts(targets, excluded, layers, layer_names):
     if isinstance(targets, str) or layers == []:
         layers = None
