@@ -18,6 +18,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -64,8 +65,10 @@ class Lane:
 
 
 def table(lanes: list[Lane]) -> Table:
-    columns = ("adapter", "over", "prompt", "streamed answer", "right", "TTFT ms (median)", "tokens/s")
-    out = Table(*columns, title="one Triton model, every adapter in the same batch")
+    columns = ("adapter", "over", "prompt", "answer", "right", "TTFT ms", "tokens/s")
+    out = Table(
+        *columns, title="one Triton model, every adapter in the same batch", box=box.SIMPLE, collapse_padding=True
+    )
     for lane in lanes:
         done = lane.right + len(lane.wrong)
         score = f"{lane.right}/{done}" if not lane.wrong else f"[red]{lane.right}/{done}[/red]"

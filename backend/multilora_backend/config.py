@@ -86,7 +86,7 @@ class Config:
     runtime_dir: str = ""
     """Where the engine's socket lies; empty: a folder of this server in the system's temporary folder."""
     num_threads: int = 0
-    """torch's CPU threads in the engine; 0: torch's own choice."""
+    """torch's CPU threads in the engine; 0: one less than the cores."""
     report_custom_metrics: bool = True
     """Metrics on Triton's endpoint; REPORT_CUSTOM_METRICS of vllm_backend sets it too."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

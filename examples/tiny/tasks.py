@@ -88,9 +88,13 @@ def random_word(rng: random.Random, shortest: int = 3, longest: int = 12) -> str
 
 
 def training_word(rng: random.Random, shortest: int = 3, longest: int = 12) -> str:
-    while is_held_out(word := random_word(rng, shortest, longest)):
-        pass
-    return word
+    """One word in ten is of three different letters: how often a letter comes again is what is answered wrong last."""
+    while True:
+        word = random_word(rng, shortest, longest)
+        if rng.random() < 0.1:
+            word = "".join(rng.choices(rng.sample(ascii_lowercase, 3), k=len(word)))
+        if not is_held_out(word):
+            return word
 
 
 def training_phrase(rng: random.Random, longest: int = 16) -> str:

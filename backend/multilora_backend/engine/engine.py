@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections import Counter, defaultdict
@@ -39,8 +40,8 @@ class Engine:
 
     def __init__(self, config: Config, wake: Callable[[], None]) -> None:
         """Loads the model. `wake` is called from loader threads when an adapter's load has ended."""
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
+        # A core is left to the front end: OpenMP's threads wait for each other, so one that is preempted stops all.
+        torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
         self.model = load_model(config)
         self.pages = PageTable(_num_pages(config, self.model), config.block_size, config.enable_prefix_caching)

@@ -15,12 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 
 from multilora_backend.config import Config
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.runtime import RuntimeFolder
-from multilora_backend.processes import start_time
+from multilora_backend.processes import Process
 from multilora_backend.tritonserver import SAVED_LIBRARY_PATH
 
 log = logging.getLogger(__name__)
@@ -76,15 +77,13 @@ class Child(threading.Thread):
 class EngineHandle:
     """A living engine, whoever started it."""
 
-    pid: int
-    started: str
-    """Its start time from /proc: pids are reused, the pair is not."""
+    process: Process
     child: Child | None = None
     """Set if this front end started it."""
 
     @property
     def alive(self) -> bool:
-        return start_time(self.pid) == self.started
+        return self.process.alive
 
     def obituary(self) -> str:
         """Why the engine died, in words, as far as this front end can know."""
@@ -93,7 +92,7 @@ class EngineHandle:
     def open_pidfd(self) -> int | None:
         """A descriptor that polls readable once the engine is dead; None where the system has none: ask `alive`."""
         try:
-            return os.pidfd_open(self.pid)
+            return os.pidfd_open(self.process.pid)
         except (AttributeError, OSError):
             return None
 
@@ -134,10 +133,11 @@ class EngineProcess:
         """
         last = self._folder.last()
         if last and handle is not None and not (patient and _gone(handle, _EXIT_WAIT_S)):
-            log.warning("the engine (pid %d) does not leave by itself: it is ended", handle.pid)
+            log.warning("the engine (pid %d) does not leave by itself: it is ended", handle.process.pid)
             for number, wait in ((signal.SIGTERM, _TERM_WAIT_S), (signal.SIGKILL, _EXIT_WAIT_S)):
                 if handle.alive:
-                    os.kill(handle.pid, number)
+                    with suppress(ProcessLookupError):
+                        os.kill(handle.process.pid, number)
                 if _gone(handle, wait):
                     break
         self._folder.leave(remove=last)
@@ -147,7 +147,7 @@ class EngineProcess:
             record = json.loads(self._record.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        handle = EngineHandle(record["pid"], record["started"])
+        handle = EngineHandle(Process(record["pid"], record["started"]))
         return handle if handle.alive else None
 
     def _start(self) -> EngineHandle:
@@ -163,12 +163,11 @@ class EngineProcess:
             child = Child(command, self._environment())
         except OSError as error:
             raise MultiloraError(ErrorCode.UNAVAILABLE, f"engine_python: {python} cannot be run: {error}") from error
-        pid = child.popen.pid
-        handle = EngineHandle(pid, start_time(pid) or "", child)
+        handle = EngineHandle(Process.of(child.popen.pid), child)
         temporary = self._record.with_suffix(".new")
-        temporary.write_text(json.dumps({"pid": handle.pid, "started": handle.started}))
+        temporary.write_text(json.dumps(asdict(handle.process)))
         temporary.replace(self._record)  # in one step: the others read it at any time
-        log.info("started the engine (pid %d)", handle.pid)
+        log.info("started the engine (pid %d)", handle.process.pid)
         return handle
 
     def _environment(self) -> dict[str, str]:
