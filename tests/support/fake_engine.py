@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine without a model: it speaks the protocol, repeats the prompt's tokens, and fails when told to.
 
-Started like the real one, through `engine_python`. What it shall do comes from `behaviour.json` beside this process's
-`FAKE_ENGINE` folder, read anew at each start; what it was told is appended to `heard` there, a line a message.
+Started like the real one, through `engine_python`, see `frontend_fakes`. What it shall do is in `behaviour.json` in
+the folder $FAKE_ENGINE, read anew at each start; what it hears is appended to `heard` there, a line a message.
 
 Adapters are orders: "missing" is refused, "crash" ends the process with the request, "stuck" never answers.
 """
@@ -52,6 +52,9 @@ class FakeEngine:
     def __init__(self, address: str, folder: Path, parent: int, server: int) -> None:
         self.folder = folder
         self.behaviour = json.loads((folder / "behaviour.json").read_text())
+        self.heard = (folder / "heard").open("a")
+        start = {"pid": os.getpid(), "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH")}
+        print("Start", json.dumps(start), file=self.heard, flush=True)
         if message := self.behaviour.get("refuse"):
             print(f"multilora engine: {message}", file=sys.stderr)
             sys.exit(2)
@@ -62,7 +65,6 @@ class FakeEngine:
         self.watch.add("launcher", parent, server)
         time.sleep(self.behaviour.get("start_s", 0))
         self.card = msgspec.msgpack.decode((folder / "card").read_bytes(), type=ModelCard)
-        self.heard = (folder / "heard").open("a")
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM):
             self.socket.setsockopt(option, 0)

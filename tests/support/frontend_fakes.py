@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands around a front end in its tests: an engine without a model, and Triton's response senders."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import fake_engine
+from multilora_backend.config import Config
+from multilora_backend.errors import MultiloraError
+from multilora_backend.protocol import ModelCard
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+    return value
+
+
+class FakeEngines:
+    """The folder from which fake engines take their orders, and what they have heard."""
+
+    def __init__(self, folder: Path, card: ModelCard) -> None:
+        self.folder = folder
+        (folder / "card").write_bytes(msgspec.msgpack.encode(card))
+        self.behave()
+        python = folder / "python"
+        python.write_text(
+            f'#!/bin/sh\nexport FAKE_ENGINE="{folder}"\nexec {sys.executable} {fake_engine.__file__} "$@"\n'
+        )
+        python.chmod(0o755)
+        self.runtime = folder / "run"
+
+    def config(self, **fields: Any) -> Config:
+        defaults = {"model": "m", "engine_python": str(self.folder / "python"), "runtime_dir": str(self.runtime)}
+        return Config(**{**defaults, "engine_start_timeout_s": 20.0, **fields})
+
+    def behave(self, **orders: Any) -> None:
+        """Orders for the engines that start from now on; see `fake_engine`."""
+        (self.folder / "behaviour.json").write_text(json.dumps(orders))
+
+    def heard(self, kind: str) -> list[dict[str, Any]]:
+        """The messages of a kind, from all engines so far; "Start" is an engine's beginning."""
+        path = self.folder / "heard"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(body) for name, _, body in (line.partition(" ") for line in lines) if name == kind]
+
+    def pids(self) -> list[int]:
+        return [start["pid"] for start in self.heard("Start")]
+
+
+class FakeSender:
+    """Triton's response sender of one request. Like the real one, it takes nothing after the final response."""
+
+    def __init__(self, cancelled: bool = False) -> None:
+        self.cancelled = cancelled
+        self.responses: list[dict[str, np.ndarray]] = []
+        self.error: MultiloraError | None = None
+        self.done = threading.Event()
+        self.threads: set[str] = set()
+        self.asked = 0
+
+    def send(self, tensors: dict[str, np.ndarray], final: bool) -> None:
+        self._open()
+        self.responses.append(tensors)
+        if final:
+            self.done.set()
+
+    def fail(self, error: MultiloraError) -> None:
+        self._open()
+        self.error = error
+        self.done.set()
+
+    def is_cancelled(self) -> bool:
+        self._open()
+        self.asked += 1
+        return self.cancelled
+
+    def _open(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        assert not self.done.is_set(), "called after the final response"
+
+    def wait(self, timeout: float = 10.0) -> FakeSender:
+        assert self.done.wait(timeout), "no final response came"
+        return self
+
+    @property
+    def text(self) -> str:
+        return b"".join(response["text_output"][0] for response in self.responses).decode()
