@@ -30,7 +30,7 @@ from multilora_backend.scheduling.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 256 * 2**20
-CPU_ADAPTER_BYTES = 256 * 2**20
+ADAPTER_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 CHECK_ADAPTERS_S = 1.0
 """How long the start waits for the check of all adapters; with thousands of them it goes on while serving."""
 
@@ -44,20 +44,21 @@ class Engine:
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
         self.model = load_model(config)
-        self.pages = PageTable(_num_pages(config, self.model), config.block_size, config.enable_prefix_caching)
-        self.model.max_model_len = min(self.model.max_model_len, (self.pages.num_pages - 1) * config.block_size)
-        self.card = model_card(self.model, config)
-        attach_kv_cache(self.model.module, self.pages.num_pages, config.block_size, self.model.device)
         self.adapters = AdapterManager(
             Catalogue.read(config.adapters) if config.lora_enabled else None,
             self.model.sites,
-            device_bytes=config.adapter_device_bytes or CPU_ADAPTER_BYTES,
+            device_bytes=config.adapter_device_bytes or ADAPTER_BYTES[self.model.device.type],
             host_bytes=config.adapter_host_bytes,
             load_threads=config.adapter_load_threads,
             dtype=self.model.dtype,
             device=self.model.device,
             on_change=wake,
         )
+        # After the adapters' pool: on CUDA the pages take what is left.
+        self.pages = PageTable(_num_pages(config, self.model), config.block_size, config.enable_prefix_caching)
+        self.model.max_model_len = min(self.model.max_model_len, (self.pages.num_pages - 1) * config.block_size)
+        self.card = model_card(self.model, config)
+        attach_kv_cache(self.model.module, self.pages.num_pages, config.block_size, self.model.device)
         self.adapters.check_all(wait_s=CHECK_ADAPTERS_S)
         self.scheduler = Scheduler(
             self.pages,
