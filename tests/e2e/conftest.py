@@ -69,6 +69,15 @@ class Metrics:
                 total += float(match[3])
         return total
 
+    def settled(self, name: str) -> float:
+        """A value that has not changed for a second: front ends report every quarter."""
+        value, since = self.value(name), time.monotonic()
+        while time.monotonic() - since < 1.0:
+            time.sleep(0.1)
+            if (now := self.value(name)) != value:
+                value, since = now, time.monotonic()
+        return value
+
     def wait(self, name: str, value: float, timeout: float = 10.0, **labels: str) -> None:
         deadline = time.monotonic() + timeout
         while (now := self.value(name, **labels)) != value:

@@ -173,14 +173,11 @@ def test_200_concurrent_streams(server, metrics):
 
 def test_metrics_count_what_happened(server, metrics):
     m = metrics(server)
-    before = {name: m.value(name) for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")}
+    counters = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    before = [m.settled(name) for name in counters]
     grpc_call(server.grpc, {"text_input": "hello", "lora_name": "upper"}, GREEDY)
-    deadline = time.monotonic() + 10
-    while m.value("vllm:generation_tokens_total") < before["vllm:generation_tokens_total"] + 6:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert m.value("vllm:generation_tokens_total") == before["vllm:generation_tokens_total"] + 6
-    assert m.value("vllm:prompt_tokens_total") > before["vllm:prompt_tokens_total"]
+    prompt, generated = (m.settled(name) - value for name, value in zip(counters, before, strict=True))
+    assert (prompt, generated) == (7, 6), "begin, five letters, answer; five letters, end"
     for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds"):
         assert m.value(f"vllm:{name}_count") > 0
     assert m.value("multilora:adapters", state="active") == len(ADAPTERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +123,10 @@ def test_nobody_else_notices(server):
     thread.join(60)
     assert not thread.is_alive()
     assert not wrong
+
+
+def test_the_server_has_room_for_large_bodies(server):
+    """tritonserver puts HTTP bodies on its stack; with the usual limit a large one could end it."""
+    limits = Path(f"/proc/{server.pid}/limits").read_text()
+    soft = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max stack size"))
+    assert soft == "unlimited" or int(soft) >= 2**28

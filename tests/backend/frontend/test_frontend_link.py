@@ -18,7 +18,7 @@ from frontend_fakes import FakeEngines, wait_until
 from multilora_backend.core import SamplingParams
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.engine_process import EngineProcess
-from multilora_backend.frontend.link import Link
+from multilora_backend.frontend.link import MAX_MESSAGES, Link
 from multilora_backend.frontend.runtime import RuntimeFolder, folder_for
 from multilora_backend.processes import Process
 from multilora_backend.protocol import Failed, Hello, Output, Ready, Stats, Submit
@@ -151,6 +151,34 @@ def test_after_a_kill_requests_are_lost_then_refused_then_served(connect, engine
     assert len(engines.pids()) == 2
 
 
+def test_what_was_submitted_to_a_dead_engine_does_not_reach_the_next(connect, engines):
+    engines.behave(step_s=0.0005)
+    link = connect()
+    link.start(20)
+    busy, release, last_words = threading.Event(), threading.Event(), []
+
+    def hold(outputs: list[Output]) -> None:
+        busy.set()
+        release.wait(10)
+        last_words.append(outputs)
+        if len(last_words) == MAX_MESSAGES + 2:  # the death is known by now, and is dealt with after these messages
+            submit(link, 2)
+
+    link.heard.on_outputs = hold
+    submit(link, 1, max_tokens=2000)
+    assert busy.wait(5)
+    time.sleep(0.4)  # for more messages than are taken in at once
+    os.kill(engines.pids()[0], signal.SIGKILL)
+    wait_until(lambda: not Process.of(engines.pids()[0]).alive)
+    release.set()
+    wait_until(lambda: link.heard.lost)
+    assert len(last_words) > MAX_MESSAGES + 2
+    wait_until(lambda: link.ready)
+    submit(link, 3)
+    wait_until(lambda: len(engines.heard("Submit")) >= 2)
+    assert [message["request_id"] for message in engines.heard("Submit")] == [1, 3]
+
+
 def test_an_engine_that_keeps_dying_is_tried_ever_more_slowly_and_its_reason_is_told(connect, engines):
     link = connect()
     link.start(20)
@@ -195,6 +223,7 @@ def test_the_engine_outlives_its_starter_and_ends_with_the_last(connect, engines
     os.kill(pid, signal.SIGKILL)  # the new leader starts the next one
     wait_until(lambda: len(engines.pids()) == 2 and second.ready)
     second.close()
+    assert len(engines.heard("Bye")) == 2
     assert not any(engines.runtime.iterdir()), "the folder was left behind"
 
 
@@ -250,52 +279,3 @@ def test_the_servers_libraries_do_not_reach_the_engine(connect, engines, saved, 
     link = connect({"LD_LIBRARY_PATH": "/triton/libs", "MLENGINE_LD_LIBRARY_PATH": saved})
     link.start(20)
     assert engines.heard("Start")[0]["LD_LIBRARY_PATH"] == expected
-
-
-def test_a_runtime_folder_that_others_may_write_to_is_refused(tmp_path):
-    tmp_path.chmod(0o777)
-    with pytest.raises(MultiloraError, match=r"runtime_dir: .* this user alone"):
-        RuntimeFolder(tmp_path / "x-y")
-
-
-def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
-    with pytest.raises(MultiloraError, match="runtime_dir: is too long"):
-        RuntimeFolder(tmp_path / ("x" * 100))
-
-
-def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(tmp_path):
-    base = tmp_path / "base"
-    dead, alive = RuntimeFolder(base / "1-dead"), RuntimeFolder(base / "2-alive")
-    dead.leave(remove=False)
-    third = RuntimeFolder(base / "3-new")
-    assert sorted(path.name for path in base.iterdir()) == ["2-alive", "3-new"]
-    assert alive.try_lead()
-    for folder in (alive, third):
-        assert folder.last()
-        folder.leave(remove=True)
-    assert not any(base.iterdir())
-
-
-def test_one_leads_and_the_last_of_several_knows(tmp_path):
-    first, second = (RuntimeFolder(tmp_path / "base" / "1-m") for _ in range(2))
-    assert first.try_lead()
-    assert first.try_lead()
-    assert not second.try_lead()
-    assert not first.last()
-    first.leave(remove=False)
-    assert second.try_lead()
-    assert second.last()
-
-
-def test_the_folder_is_one_models_of_one_server(engines):
-    config = engines.config()
-    here = folder_for(config, "multilora", "1", os.getpid())
-    assert here == folder_for(config, "multilora", "1", os.getpid())
-    others = {
-        folder_for(engines.config(max_num_seqs=3), "multilora", "1", os.getpid()),
-        folder_for(config, "other/../x", "1", os.getpid()),
-        folder_for(config, "multilora", "2", os.getpid()),
-        folder_for(config, "multilora", "1", os.getppid()),
-    }
-    assert len(others | {here}) == 5
-    assert all(path.parent == engines.runtime for path in others)

@@ -15,108 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frontend_fakes import FakeEngines, FakeSender, wait_until
+import fake_pb_utils
+from fake_pb_utils import ModelConfig, Request, Tensor, TritonError, TritonModelException
+from frontend_fakes import FakeEngines, wait_until
 from multilora_backend.errors import ErrorCode
 from multilora_backend.frontend import interface, sampling, service
 
 REPOSITORY = Path(__file__).resolve().parents[3] / "model_repository" / "multilora"
-FINAL = 1
-
-
-class TritonModelException(Exception):
-    pass
-
-
-class TritonError:
-    """Codes are attributes, as in pb_utils."""
-
-    UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
-
-    def __init__(self, message: str, code: int) -> None:
-        self.text, self.number = message, code
-
-
-class Tensor:
-    def __init__(self, name: str, array: np.ndarray) -> None:
-        assert isinstance(array, np.ndarray)
-        self._name, self._array = name, array
-
-    def name(self) -> str:
-        return self._name
-
-    def as_numpy(self) -> np.ndarray:
-        return self._array
-
-
-class InferenceResponse:
-    def __init__(self, output_tensors: list[Tensor], error: TritonError | None = None) -> None:
-        self.tensors, self.error = output_tensors, error
-
-
-class MetricFamily:
-    """A Triton whose metrics are switched off."""
-
-    COUNTER, GAUGE, HISTOGRAM = range(3)
-
-    def __init__(self, **arguments: Any) -> None:
-        raise TritonModelException("metrics are disabled")
-
-
-class ResponseSender(FakeSender):
-    """pb_utils' sender in front of our fake: a response is tensors or an error, and a flag says that it is the last."""
-
-    def send(self, response: InferenceResponse, flags: int = 0) -> None:  # type: ignore[override]
-        self.code = response.error.number if response.error else None
-        self.message = response.error.text if response.error else ""
-        super().send({tensor.name(): tensor.as_numpy() for tensor in response.tensors}, flags == FINAL)
-
-
-class Request:
-    def __init__(self, parameters: str = "{}", **tensors: Any) -> None:
-        self.sender = ResponseSender()
-        self._parameters = parameters
-        self.arrays = {
-            name: np.array(
-                [value.encode() if isinstance(value, str) else value], dtype=None if value is True else object
-            )
-            for name, value in tensors.items()
-        }
-
-    def inputs(self) -> list[Tensor]:
-        return [Tensor(name, array) for name, array in self.arrays.items()]
-
-    def parameters(self) -> str:
-        return self._parameters
-
-    def get_response_sender(self) -> ResponseSender:
-        return self.sender
-
-
-class ModelConfig:
-    def __init__(self) -> None:
-        self.inputs: list[dict] = []
-        self.outputs: list[dict] = []
-
-    def add_input(self, tensor: dict) -> None:
-        self.inputs.append(tensor)
-
-    def add_output(self, tensor: dict) -> None:
-        self.outputs.append(tensor)
-
-    def set_model_transaction_policy(self, policy: dict) -> None:
-        self.policy = policy
-
-    def set_max_batch_size(self, size: int) -> None:
-        self.max_batch_size = size
 
 
 @pytest.fixture
 def model_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    pb_utils = types.ModuleType("triton_python_backend_utils")
-    for kind in (TritonModelException, TritonError, Tensor, InferenceResponse, MetricFamily):
-        setattr(pb_utils, kind.__name__, kind)
-    pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, pb_utils.__name__, pb_utils)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_pb_utils)
     spec = importlib.util.spec_from_file_location("multilora_model_py", REPOSITORY / "1" / "model.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder where front ends meet: who leads, who is the last, and what becomes of folders that nobody needs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from multilora_backend.config import Config
+from multilora_backend.errors import MultiloraError
+from multilora_backend.frontend.runtime import RuntimeFolder, folder_for
+
+
+def test_a_runtime_folder_that_others_may_write_to_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(MultiloraError, match=r"runtime_dir: .* this user alone"):
+        RuntimeFolder(tmp_path / "x-y")
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
+    with pytest.raises(MultiloraError, match="runtime_dir: is too long"):
+        RuntimeFolder(tmp_path / ("x" * 100))
+
+
+def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(tmp_path):
+    base = tmp_path / "base"
+    dead, alive = RuntimeFolder(base / "1-dead"), RuntimeFolder(base / "2-alive")
+    dead.leave(remove=False)
+    third = RuntimeFolder(base / "3-new")
+    assert sorted(path.name for path in base.iterdir()) == ["2-alive", "3-new"]
+    assert alive.try_lead()
+    for folder in (alive, third):
+        assert folder.last()
+        folder.leave(remove=True)
+    assert not any(base.iterdir())
+
+
+def test_one_leads_and_the_last_of_several_knows(tmp_path):
+    first, second = (RuntimeFolder(tmp_path / "base" / "1-m") for _ in range(2))
+    assert first.try_lead()
+    assert first.try_lead()
+    assert not second.try_lead()
+    assert not first.last()
+    first.leave(remove=False)
+    assert second.try_lead()
+    assert second.last()
+
+
+def test_the_folder_is_one_models_of_one_server(tmp_path):
+    config = Config(runtime_dir=str(tmp_path))
+    here = folder_for(config, "multilora", "1", os.getpid())
+    assert here == folder_for(config, "multilora", "1", os.getpid())
+    others = {
+        folder_for(Config(runtime_dir=str(tmp_path), max_num_seqs=3), "multilora", "1", os.getpid()),
+        folder_for(config, "other/../x", "1", os.getpid()),
+        folder_for(config, "multilora", "2", os.getpid()),
+        folder_for(config, "multilora", "1", os.getppid()),
+    }
+    assert len(others | {here}) == 5
+    assert all(path.parent == tmp_path for path in others)
