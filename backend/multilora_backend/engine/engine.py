@@ -215,11 +215,9 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
-        if sequence.num_output_tokens > sampling.min_tokens:
-            if token_id in self.card.eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
+        # Before min_tokens the sampler cannot draw any of these.
+        if token_id in sampling.stop_token_ids or (token_id in self.card.eos_token_ids and not sampling.ignore_eos):
+            return FinishReason.STOP
         if sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.model.max_model_len:
             return FinishReason.LENGTH
         return None

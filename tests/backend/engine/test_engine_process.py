@@ -130,6 +130,18 @@ def test_a_front_end_that_is_killed_is_missed(start, model: Path):
     other.close()
 
 
+def test_a_front_end_that_outlives_its_server_is_ended(start, model: Path):
+    """It may hang in a call to the server that is gone, so it is not asked."""
+    process = start(Config(model=str(model), device="cpu"))
+    stub, server = sleeper(), sleeper()
+    process.send(Hello("front", stub.pid, server.pid))
+    process.receive(Ready)
+    server.kill()
+    assert stub.wait(10) == -signal.SIGKILL
+    assert process.popen.wait(10) == 0
+    server.wait()
+
+
 @pytest.mark.parametrize("who", ["parent", "server"])
 def test_an_engine_whose_launcher_dies_before_hello_leaves(start, model: Path, who: str):
     launcher = sleeper()
