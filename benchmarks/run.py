@@ -10,42 +10,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-import zmq
-from rich.console import Console
-from rich.table import Table
+import report
+from engine_socket import engine_process
+from traffic import Request, Traffic
+from weights import round_robin
 
 from multilora_backend.config import Config
-from multilora_backend.core import SamplingParams
 from multilora_backend.frontend.tokenizer import Tokenizer
 from multilora_backend.launcher import TritonServer
-from multilora_backend.protocol import Bye, Hello, Outputs, Ready, Submit, encoder, engine_decoder
 from multilora_client import AsyncClient, Client
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL, ADAPTERS = ROOT / "examples/tiny/model", ROOT / "examples/tiny/adapters"
+MODEL, ADAPTERS = report.ROOT / "examples/tiny/model", report.ROOT / "examples/tiny/adapters"
 NAMES = ("upper", "reverse", "rot13", "double", "devowel", "sort")
 STREAMS = 64
 TOKENS = 400
 WORD = "benchmark"
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    ordered = sorted(seconds)
-    return {"p50_ms": 1e3 * statistics.median(ordered), "p90_ms": 1e3 * ordered[int(0.9 * len(ordered))]}
 
 
 async def response_rate(url: str) -> dict[str, float]:
@@ -81,57 +65,14 @@ def ttft_triton(url: str, requests: int) -> list[float]:
     return found
 
 
-@contextmanager
-def engine(config: Config) -> Iterator[tuple[zmq.Socket[bytes], Ready]]:
-    """An engine process without Triton, and a socket to it."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(config.to_json())
-        address = f"ipc://{folder}/engine.sock"
-        command = [sys.executable, "-m", "multilora_backend.engine", "--address", address]
-        process = subprocess.Popen([*command, "--config", f"{folder}/config.json", "--parent", str(os.getpid())])
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        socket.connect(address)
-        socket.send(encoder.encode(Hello("benchmark", os.getpid(), os.getpid())))
-        ready = engine_decoder.decode(socket.recv())
-        assert isinstance(ready, Ready)
-        yield socket, ready
-        socket.send(encoder.encode(Bye()))
-        process.wait(10)
-        socket.close(linger=0)
-
-
 def ttft_engine(settings: dict[str, int], requests: int) -> list[float]:
     """The same requests as `ttft_triton`, submitted as the front end submits them."""
     config = Config.from_mapping({"model": str(MODEL), "adapters": str(ADAPTERS), **settings}, "benchmark")
-    found = []
-    with engine(config) as (socket, ready):
-        prompt = Tokenizer(ready.card).encode(WORD)
-        sampling = SamplingParams(temperature=0.0, max_tokens=4)
-        for i in range(requests):
-            started = time.monotonic()
-            first: float | None = None
-            socket.send(encoder.encode(Submit(i, prompt, sampling, NAMES[i % len(NAMES)])))
-            done = False
-            while not done:
-                message = engine_decoder.decode(socket.recv())
-                if isinstance(message, Outputs):
-                    first = first or time.monotonic() - started
-                    done = any(item.finish_reason for item in message.items)
-            assert first is not None
-            found.append(first)
-    return found
-
-
-def environment() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    packages = {name: version(name) for name in ("torch", "transformers", "tritonclient", "numpy")}
-    cores = str(os.cpu_count())
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cores": cores,
-        "commit": commit.strip(),
-    } | {**packages}
+    with engine_process(config) as engine:
+        prompt = Tokenizer(engine.card).encode(WORD)
+        traffic = Traffic([Request(WORD, name) for name in round_robin(NAMES, requests)], output=4, concurrency=1)
+        records = engine.run(traffic, [prompt] * requests, ignore_eos=False)
+    return [record.first - record.submitted for record in records]
 
 
 def main() -> None:
@@ -146,19 +87,19 @@ def main() -> None:
         start_s = server.wait_ready()
         rate = asyncio.run(response_rate(server.grpc))
         ttft_triton(server.grpc, 2 * len(NAMES))
-        through = percentiles(ttft_triton(server.grpc, arguments.requests))
-    alone = percentiles(ttft_engine(settings, arguments.requests)[2 * len(NAMES) :])
-    table = Table("figure", "value", title="front end and Triton, example model, CPU")
-    table.add_row("server start to ready", f"{start_s:.1f} s")
-    table.add_row(f"responses with {STREAMS} streams", f"{rate['responses_per_s']:.0f} /s")
-    table.add_row(f"tokens with {STREAMS} streams", f"{rate['tokens_per_s']:.0f} /s")
+        through = report.spread(ttft_triton(server.grpc, arguments.requests))
+    alone = report.spread(ttft_engine(settings, arguments.requests)[2 * len(NAMES) :])
+    rows = [
+        ["server start to ready", f"{start_s:.1f} s"],
+        [f"responses with {STREAMS} streams", f"{rate['responses_per_s']:.0f} /s"],
+        [f"tokens with {STREAMS} streams", f"{rate['tokens_per_s']:.0f} /s"],
+    ]
     for name in ("p50_ms", "p90_ms"):
         row = f"{through[name]:.1f} ms - {alone[name]:.1f} ms = {through[name] - alone[name]:.1f} ms"
-        table.add_row(f"TTFT {name[:3]}: through Triton - engine alone", row)
-    Console().print(table)
+        rows.append([f"TTFT {name[:3]}: through Triton - engine alone", row])
+    report.show("front end and Triton, example model, CPU", ["figure", "value"], rows)
     figures = {"start_to_ready_s": start_s, "streams": STREAMS, **rate, "ttft_triton": through, "ttft_engine": alone}
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=2) + "\n")
+    report.write(arguments.json, "front_end", sys.argv[1:], arguments, figures=figures)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ class Config:
     """0: on the CPU 256 MiB, on CUDA what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, adapters and KV pages may take together."""
+    cuda_graph_bytes: int = 3 * 2**30
+    """Device memory for captured decode steps; when it is spent, fewer sizes are captured."""
+    enforce_eager: bool = False
+    """Capture nothing: a quicker start and slower decoding."""
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Prepare a step while the one before it runs. auto: on CUDA."""
     enable_prefix_caching: bool = True
     """Requests of the same adapter version with the same beginning share KV pages."""
     policy: Literal["adapter_first", "first_come"] = "adapter_first"
@@ -62,13 +68,13 @@ class Config:
     max_loras: int = 0
     """Different adapters in one step; 0: as many as the device pool holds."""
     adapter_device_bytes: int = 0
-    """Device pool for adapters; 0: on the CPU 256 MiB, on CUDA 4 GiB."""
+    """Device pool for adapters; 0: on the CPU 256 MiB, on CUDA a twelfth of the device, at most 8 GiB."""
     adapter_host_bytes: int = 4 * 2**30
     """Host cache for adapters in device layout."""
     adapter_load_threads: int = 2
     """Threads that read, check and lay out adapters."""
-    lora_strategy: Literal["auto", "reference", "grouped"] = "auto"
-    """auto: reference on the CPU, grouped (Triton-lang kernels) on CUDA."""
+    lora_strategy: Literal["auto", "reference", "grouped", "bordered"] = "auto"
+    """auto: grouped on the CPU; on CUDA bordered (A rides in the base GEMM of decode steps, prompts run grouped)."""
 
     # Requests
     default_max_tokens: int = 16
@@ -107,7 +113,14 @@ class Config:
             require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("default_max_tokens", "max_prompt_bytes", "max_n"):
             require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_model_len", "kv_cache_bytes", "max_loras", "adapter_device_bytes", "num_threads"):
+        for name in (
+            "max_model_len",
+            "kv_cache_bytes",
+            "cuda_graph_bytes",
+            "max_loras",
+            "adapter_device_bytes",
+            "num_threads",
+        ):
             require(name, getattr(self, name) >= 0, "0 or more")
         require("adapter_host_bytes", self.adapter_host_bytes >= 0, "0 or more")
         require("max_overtake_s", self.max_overtake_s >= 0, "0 or more")
@@ -138,7 +151,6 @@ _TYPES: dict[str, Any] = typing.get_type_hints(Config)
 _TRUE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 VLLM_IGNORED: dict[str, str] = {
-    "enforce_eager": "graphs never change results here",
     "disable_log_stats": "metrics are on Triton's endpoint",
     "disable_log_requests": "requests are not logged",
     "max_lora_rank": "ranks are not padded; memory bounds them (adapter_device_bytes)",

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+UNKNOWN_TOKEN = -1
+"""Stands in `Sequence.token_ids` for a token that the device has drawn, or will, and the host has not read yet."""
+
 if TYPE_CHECKING:
     from multilora_backend.adapters.manager import Lease
 
@@ -83,7 +86,7 @@ class Sequence:
     """(front end, request id, index among the request's n sequences): unique in an engine."""
     prompt_len: int
     token_ids: list[int]
-    """The prompt, then what was sampled."""
+    """The prompt, then what was sampled; the newest may be UNKNOWN_TOKEN while its step is under way."""
     sampling: SamplingParams
     seed: int
     """Drives this sequence's sampling whatever else is in the batch: the request's seed + index, or random."""
@@ -94,6 +97,8 @@ class Sequence:
     tenant: str = ""
     arrival: float = 0.0
     """time.monotonic() when the engine received it."""
+    max_len: int = 1 << 31
+    """Prompt and output tokens at which the sequence ends."""
 
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -116,6 +121,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def complete(self) -> bool:
+        """True if its last token is there or on its way: nothing is left to compute."""
+        return len(self.token_ids) >= self.max_len
 
     @property
     def finished(self) -> bool:
@@ -163,8 +173,8 @@ class StepPlan:
 class LoraSite:
     """One linear of the running model that LoRA may act on; q/k/v and gate/up are one site of several slices.
 
-    Adapter weights of a site are stored slice-major:
-    A is `[slices, rank, in_features]` and B `[rank, sum(out_features)]`, already multiplied by the scale.
+    An adapter's A is one block of `slices * padded(rank)` rows of in_features, slice after slice, and its B
+    `[padded(rank), sum(out_features)]`, already multiplied by the scale; rows beyond its rank are zero.
     """
 
     key: str

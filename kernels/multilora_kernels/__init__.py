@@ -6,21 +6,36 @@ Imports without Triton-lang and without a GPU; the references then do the work.
 
 from __future__ import annotations
 
-from multilora_kernels.delta import lora_delta
+from multilora_kernels.copy_blocks import CopyTable, copy_blocks, copy_blocks_reference
+from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand, grouped_expand_reference
-from multilora_kernels.grouped_shrink import grouped_shrink, grouped_shrink_reference, splits_for
-from multilora_kernels.segments import NO_ADAPTER, SegmentPlan, Segments, block_m_for, plan_segments
+from multilora_kernels.grouped_shrink import grouped_shrink, grouped_shrink_reference
+from multilora_kernels.segments import (
+    NO_ADAPTER,
+    SegmentPlan,
+    Segments,
+    block_m_for,
+    max_tiles,
+    padded_rank,
+    plan_segments,
+    rank_block_for,
+)
 
 __all__ = [
     "NO_ADAPTER",
+    "CopyTable",
+    "Delta",
     "SegmentPlan",
     "Segments",
     "block_m_for",
+    "copy_blocks",
+    "copy_blocks_reference",
     "grouped_expand",
     "grouped_expand_reference",
     "grouped_shrink",
     "grouped_shrink_reference",
-    "lora_delta",
+    "max_tiles",
+    "padded_rank",
     "plan_segments",
-    "splits_for",
+    "rank_block_for",
 ]

@@ -24,15 +24,9 @@ def jit(kernel: Any) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-def require_launchable(op: str, tensor: Tensor) -> None:
-    """Raises RuntimeError if a kernel cannot run on the tensor's device."""
-    if triton is None:
-        raise RuntimeError(f"{op}: Triton-lang is not installed; use {op}_reference")
-    if tensor.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(
-            f"{op}: needs tensors on a CUDA device, got {tensor.device}; use {op}_reference, "
-            "or start Python with TRITON_INTERPRET=1 to run the kernel in Triton's interpreter"
-        )
+def use_kernel(tensor: Tensor) -> bool:
+    """Whether an op on this tensor runs its kernel; otherwise its torch reference, which runs anywhere."""
+    return triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
 def require_layout(op: str, dtype: torch.dtype, **tensors: Tensor) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of a step use which adapter, as the grouped kernels want it: planned on the host, copied once.
+"""Which tokens of a step use which adapter, as the kernels want it: planned on the host, copied once.
 
-A *group* is the tokens of one adapter, a *tile* at most `block_m` tokens of one group. Tiles exist only for tokens
-that are there, so the kernels' grids do not grow with the number of resident or registered adapters.
+A *group* is the tokens of one adapter, or those without one; a *tile* is at most `block_m` tokens of one group. Every
+token is in exactly one tile, so that a kernel which fuses LoRA into base work finds all its rows in the tiles. Tiles
+exist only for tokens that are there: no grid grows with the number of resident or registered adapters.
 Planning needs numpy only; torch is imported when a plan goes to a device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,59 +20,105 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NO_ADAPTER = -1
+TILE_FIELDS = 8
+"""int32 words of a tile: first, end, rank_start, rank, h_start, h_stride and two zeros, 32 bytes in all."""
+RANK_PAGE = 8
+"""Ranks are handed out in pages of 8, so that a row of 16-bit ranks is a whole number of 16-byte loads."""
 BLOCK_M_CHOICES = (16, 32, 64, 128)
 """tl.dot needs at least 16 rows; from 64 on Hopper uses wgmma."""
-SMALL_BLOCK_M = 16
 LARGE_BLOCK_M = 64
-MAX_BLOCK_R = 64
-"""Most ranks in one program's block; larger ranks are several blocks."""
+
+# Not measured yet (bench_kernels.py --tune): at rank 16 the kernels are bound by memory and want as many programs as
+# there are SMs (132) before they want large tiles.
+MAX_TOKENS_BLOCK_M_16 = 1024
+MAX_TOKENS_BLOCK_M_32 = 4096
 
 
-def block_m_for(num_tokens: int, num_adapters: int) -> int:
-    """16 while an adapter has few tokens (decode), where larger tiles would be mostly empty; 64 for prefill.
-
-    Not tuned: the border is where a tile of 64 is half full on average.
-    """
-    return SMALL_BLOCK_M if num_tokens <= 32 * max(num_adapters, 1) else LARGE_BLOCK_M
+def padded_rank(rank: int) -> int:
+    """The ranks that an adapter occupies in a pool: whole pages."""
+    return -(-rank // RANK_PAGE) * RANK_PAGE
 
 
-def rank_blocks(max_rank: int) -> tuple[int, int]:
-    """(ranks in a block, ranks in h): h's rows are whole blocks, so that they are read as vectors without a mask."""
-    block = 16 if max_rank <= 16 else 32 if max_rank <= 32 else MAX_BLOCK_R
-    return block, (max_rank + block - 1) // block * block
+def rank_block_for(max_rank: int) -> int:
+    """How many ranks a kernel takes at a time (BLOCK_R); tl.dot needs at least 16."""
+    return 16 if max_rank <= 16 else 32
+
+
+def block_m_for(num_tokens: int, num_groups: int) -> int:
+    """Rows of a tile: small while tiles are what keeps the GPU busy, and never twice what a group has on average."""
+    block_m = 16 if num_tokens <= MAX_TOKENS_BLOCK_M_16 else 32 if num_tokens <= MAX_TOKENS_BLOCK_M_32 else 64
+    while block_m > 16 and block_m * num_groups > 2 * num_tokens:
+        block_m //= 2
+    return block_m
+
+
+def max_tiles(num_tokens: int, num_groups: int, block_m: int) -> int:
+    """Most tiles that `num_tokens` can need if they are of at most `num_groups` groups (adapters, and one for none)."""
+    groups = min(num_tokens, num_groups)
+    return groups + (num_tokens - groups) // block_m
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentPlan:
-    """One packed int32 buffer, tiles | groups | order, and the numbers that the host needs to launch.
+    """One packed int32 buffer, tiles | order, and the numbers that the host needs to launch.
 
-    A record of all zeros in `tiles` is a tile with nothing to do, so that a buffer for a captured graph can be padded.
+    A tile of all zeros is empty (no row lies between its first and its end): a buffer for a captured graph is filled
+    up with them.
     """
 
     packed: NDArray[np.int32]
-    """[4 * num_tiles + 4 * num_groups + num_tokens]; tiles come first so that records are 16-byte aligned."""
+    """[8 * num_tiles + num_tokens]; tiles come first so that they are aligned to 32 bytes."""
     num_tiles: int
-    num_groups: int
     num_tokens: int
-    """M: tokens with an adapter of rank > 0."""
+    """T: all tokens of the step, with and without adapter."""
     block_m: int
+    rank_block: int
+    """BLOCK_R of every kernel that runs under this plan; a captured graph fixes it, whatever its step's ranks are."""
     max_rank: int
-    """Largest rank among the groups, 0 if there are none."""
+    """Largest rank in the step, 0 if no token has an adapter."""
+    active: tuple[int, ...]
+    """Slots of the adapters in the step, ascending."""
 
     @property
     def tiles(self) -> NDArray[np.int32]:
-        """[num_tiles, 4]: first sorted row, row after the last, rank_start, rank. One load tells a program all."""
-        return self.packed[: 4 * self.num_tiles].reshape(-1, 4)
+        """[num_tiles, 8]: first sorted row, row after the last, rank_start, rank, h_start, h_stride, 0, 0.
+
+        rank_start is the adapter's first rank in the pools and rank its true rank (0: tokens without adapter).
+        Slice i and rank j of its h lie in column h_start * slices + i * h_stride + j.
+        """
+        return self.packed[: TILE_FIELDS * self.num_tiles].reshape(-1, TILE_FIELDS)
 
     @property
-    def groups(self) -> NDArray[np.int32]:
-        """[num_groups, 4]: first sorted row, row after the last, rank_start, rank."""
-        return self.packed[4 * self.num_tiles : 4 * (self.num_tiles + self.num_groups)].reshape(-1, 4)
+    def h_ranks(self) -> int:
+        """Columns of a slice in grouped_shrink's h: the largest rank in whole rank blocks."""
+        return -(-self.max_rank // self.rank_block) * self.rank_block
 
     @property
     def order(self) -> NDArray[np.int32]:
-        """[M]: the token of each sorted row."""
-        return self.packed[4 * (self.num_tiles + self.num_groups) :]
+        """[T]: the token of each sorted row."""
+        return self.packed[TILE_FIELDS * self.num_tiles :]
+
+    @cached_property
+    def groups(self) -> NDArray[np.int32]:
+        """[adapters in the step, 8]: the tiles of each adapter as one, for the references. None for tokens without."""
+        tiles = self.tiles[self.tiles[:, 3] > 0]
+        first = np.flatnonzero(np.diff(tiles[:, 2], prepend=-1))
+        groups = tiles[first]
+        groups[:, 1] = tiles[np.append(first[1:], len(tiles))[: len(first)] - 1, 1]
+        return groups
+
+    def pad_to(self, num_tiles: int) -> SegmentPlan:
+        """The same plan with empty tiles behind its own, so that buffers of one size hold every step of a graph.
+
+        Raises:
+            ValueError: the plan has more tiles than that.
+        """
+        if num_tiles < self.num_tiles:
+            raise ValueError(f"num_tiles: the plan has {self.num_tiles} tiles, {num_tiles} cannot hold them")
+        packed = np.zeros(TILE_FIELDS * num_tiles + self.num_tokens, np.int32)
+        packed[: TILE_FIELDS * self.num_tiles] = self.packed[: TILE_FIELDS * self.num_tiles]
+        packed[TILE_FIELDS * num_tiles :] = self.order
+        return replace(self, packed=packed, num_tiles=num_tiles)
 
     def to(self, device: torch.device | str) -> Segments:
         """Copies the packed buffer to the device: on CUDA one asynchronous copy from pinned memory."""
@@ -83,65 +131,89 @@ class SegmentPlan:
 
     def views(self, packed: torch.Tensor) -> Segments:
         """The plan's tensors inside `packed`, an int32 tensor that holds (a copy of) the packed buffer."""
-        num_records = self.num_tiles + self.num_groups
-        records = packed[: 4 * num_records].view(-1, 4)
-        order = packed[4 * num_records : 4 * num_records + self.num_tokens]
-        return Segments(self, records[: self.num_tiles], records[self.num_tiles :], order)
+        border = TILE_FIELDS * self.num_tiles
+        return Segments(self, packed[:border].view(-1, TILE_FIELDS), packed[border : border + self.num_tokens])
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """A plan and its tensors on a device; shapes as in SegmentPlan."""
+    """A plan and its tensors on a device; shapes as in SegmentPlan.
+
+    Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink also max_rank). The tensors may be
+    views of a static buffer that is overwritten from step to step, as long as those numbers stay true.
+    """
 
     plan: SegmentPlan
     tiles: torch.Tensor
-    groups: torch.Tensor
     order: torch.Tensor
 
 
 def plan_segments(
-    rows: NDArray[np.int32], rank_start: NDArray[np.int32], rank: NDArray[np.int32], block_m: int
+    rows: NDArray[np.int32],
+    rank_start: NDArray[np.int32],
+    rank: NDArray[np.int32],
+    block_m: int,
+    h_start: NDArray[np.int32] | None = None,
 ) -> SegmentPlan:
-    """Sorts a step's tokens by adapter, stably, and cuts each adapter's tokens into tiles.
+    """Sorts a step's tokens by adapter, stably and those without one first, and cuts each group into tiles.
 
     Args:
         rows: [T] adapter slot of each token, NO_ADAPTER for none.
-        rank_start: [S] offset of each slot's ranks in the rank pool.
-        rank: [S] rank of each slot's adapter; tokens of a slot with rank 0 are dropped like those without adapter.
+        rank_start: [S] first rank of each slot's adapter in the pools.
+        rank: [S] its true rank; tokens of a slot with rank 0 count as tokens without adapter.
         block_m: most tokens in a tile, one of BLOCK_M_CHOICES.
+        h_start: [S] offset of each slot's ranks in h when h is the border of a base linear's output, where an adapter
+            of rank r has padded_rank(r) columns a slice. None: h comes from grouped_shrink.
 
     Raises:
-        ValueError: a slot or block_m is out of range, or rank_start and rank differ in length.
+        ValueError: a slot or block_m is out of range, or rank_start, rank and h_start differ in length.
     """
     if block_m not in BLOCK_M_CHOICES:
         raise ValueError(f"block_m: must be one of {BLOCK_M_CHOICES}, got {block_m}")
     if rank_start.shape != rank.shape:
         raise ValueError(f"rank: must have rank_start's shape {rank_start.shape}, got {rank.shape}")
-    if rows.size and not (rows.min() >= NO_ADAPTER and rows.max() < rank.size):
-        raise ValueError(f"rows: slots must be in [-1, {rank.size}), got {rows.min()} to {rows.max()}")
+    if h_start is not None and h_start.shape != rank.shape:
+        raise ValueError(f"h_start: must have rank's shape {rank.shape}, got {h_start.shape}")
+    num_tokens, num_slots = rows.size, rank.size
+    if num_tokens and not (rows.min() >= NO_ADAPTER and rows.max() < num_slots):
+        raise ValueError(f"rows: slots must be in [-1, {num_slots}), got {rows.min()} to {rows.max()}")
 
-    # The appended 0 is what NO_ADAPTER, index -1, finds: a token without adapter has rank 0.
-    has_delta = np.append(rank, 0)[rows] > 0
-    tokens = np.flatnonzero(has_delta)
-    order = tokens[np.argsort(rows[tokens], kind="stable")]
-    slots = rows[order]
+    # NO_ADAPTER finds the last slot's rank, and stays NO_ADAPTER whichever way the comparison goes.
+    slots = np.where(rank[rows] > 0, rows, NO_ADAPTER) if num_slots else rows
+    # numpy sorts 16-bit keys by radix, five times faster at 8,192 tokens.
+    keys = slots.astype(np.int16) if num_slots <= 2**15 else slots
+    order = keys.argsort(kind="stable")
+    slots = slots[order]
 
-    first = np.flatnonzero(np.diff(slots, prepend=NO_ADAPTER))
-    last = np.append(first[1:], order.size)[: first.size]
+    first = np.empty(0, np.int64)
+    if num_tokens:
+        first = np.append(0, np.flatnonzero(slots[1:] != slots[:-1]) + 1)
+    last = np.append(first[1:], num_tokens)[: first.size]
     group_slots = slots[first]
-    groups = np.stack([first, last, rank_start[group_slots], rank[group_slots]], axis=1)
+    groups = np.zeros((first.size, TILE_FIELDS), np.int32)
+    has_adapter = int(first.size > 0 and group_slots[0] < 0)
+    groups[:, 0], groups[:, 1] = first, last
+    active = group_slots[has_adapter:]
+    ranks = rank[active]
+    max_rank = int(ranks.max()) if active.size else 0
+    rank_block = rank_block_for(max_rank)
+    fields = groups[has_adapter:]
+    fields[:, 2], fields[:, 3] = rank_start[active], ranks
+    if h_start is None:
+        fields[:, 5] = -(-max_rank // rank_block) * rank_block
+    else:
+        fields[:, 4], fields[:, 5] = h_start[active], -(-ranks // RANK_PAGE) * RANK_PAGE
 
+    tiles = groups
     tiles_per_group = -(-(last - first) // block_m)
-    tiles = np.repeat(groups, tiles_per_group, axis=0)
-    index_in_group = np.arange(len(tiles)) - np.repeat(np.cumsum(tiles_per_group) - tiles_per_group, tiles_per_group)
-    tiles[:, 0] += index_in_group * block_m
-    tiles[:, 1] = np.minimum(tiles[:, 0] + block_m, tiles[:, 1])
+    num_tiles = int(tiles_per_group.sum())
+    if num_tiles > first.size:
+        tiles = groups.repeat(tiles_per_group, axis=0)
+        index_in_group = np.arange(num_tiles) - (tiles_per_group.cumsum() - tiles_per_group).repeat(tiles_per_group)
+        tiles[:, 0] += (index_in_group * block_m).astype(np.int32)
+        np.minimum(tiles[:, 0] + block_m, tiles[:, 1], out=tiles[:, 1])
 
-    return SegmentPlan(
-        packed=np.concatenate([tiles.ravel(), groups.ravel(), order]).astype(np.int32),
-        num_tiles=len(tiles),
-        num_groups=len(groups),
-        num_tokens=order.size,
-        block_m=block_m,
-        max_rank=int(groups[:, 3].max(initial=0)),
-    )
+    packed = np.empty(TILE_FIELDS * num_tiles + num_tokens, np.int32)
+    packed[: TILE_FIELDS * num_tiles] = tiles.reshape(-1)
+    packed[TILE_FIELDS * num_tiles :] = order
+    return SegmentPlan(packed, num_tiles, num_tokens, block_m, rank_block, max_rank, tuple(active.tolist()))

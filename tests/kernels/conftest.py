@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import NO_ADAPTER, Segments, plan_segments
+from multilora_kernels import NO_ADAPTER, Delta, SegmentPlan, Segments, padded_rank, plan_segments
 from multilora_kernels._triton import INTERPRETED, triton
 
 CHILD = Path(__file__).with_name("interpreter_child.py")
@@ -113,12 +113,64 @@ class Case:
     rows: np.ndarray
     rank_start: np.ndarray
     rank: np.ndarray
+    h_start: np.ndarray | None
+    """Where each adapter's ranks lie in h if h is a border; there is more room in it than they need."""
+
+    @property
+    def slices(self) -> int:
+        return len(self.widths)
 
     def segments(self, block_m: int) -> Segments:
-        return plan_segments(self.rows, self.rank_start, self.rank, block_m).to(self.x.device)
+        return plan_segments(self.rows, self.rank_start, self.rank, block_m, self.h_start).to(self.x.device)
 
-    def owned(self, slot: int) -> slice:
-        return slice(self.rank_start[slot], self.rank_start[slot] + self.rank[slot])
+    def a_of(self, slot: int) -> torch.Tensor:
+        """[slices, rank, K], a view of the pool."""
+        start, padded = int(self.rank_start[slot]), padded_rank(int(self.rank[slot]))
+        block = self.a[start * self.slices : (start + padded) * self.slices]
+        return block.view(self.slices, padded, -1)[:, : self.rank[slot]]
+
+    def b_of(self, slot: int) -> torch.Tensor:
+        """[rank, N], a view of the pool."""
+        return self.b[self.rank_start[slot] : self.rank_start[slot] + self.rank[slot]]
+
+    def h_of(self, h: torch.Tensor, token: int, plan: SegmentPlan) -> torch.Tensor:
+        """[slices, rank], the token's own part of h, a view."""
+        slot = int(self.rows[token])
+        rank = int(self.rank[slot])
+        if self.h_start is None:
+            return h[token].view(self.slices, plan.h_ranks)[:, :rank]
+        start, padded = int(self.h_start[slot]), padded_rank(rank)
+        own = h[token, start * self.slices : (start + padded) * self.slices]
+        return own.view(self.slices, padded)[:, :rank]
+
+    def with_adapter(self) -> list[int]:
+        return [token for token, slot in enumerate(self.rows.tolist()) if slot >= 0 and self.rank[slot] > 0]
+
+    def delta(self, segments: Segments) -> Delta:
+        """x A^T in the layout of the plan, with NaN in every column that is not a token's own."""
+        plan = segments.plan
+        ranks = plan.h_ranks if self.h_start is None else border_ranks(self.rank)
+        # Wider than needed, as a border is when other adapters are resident, and a row stride that is no page.
+        storage = torch.full((len(self.rows), self.slices * ranks + 5), torch.nan)
+        h = storage.to(self.x)[:, : self.slices * ranks]
+        for token in self.with_adapter():
+            own = self.h_of(h, token, plan)
+            own.copy_(self.a_of(int(self.rows[token])).double() @ self.x[token].double())
+        return Delta(h, self.b, segments)
+
+    def check_delta(self, actual: torch.Tensor, before: torch.Tensor, delta: Delta) -> None:
+        """actual = before + LoRA, elementwise: float32 sums over ranks, one rounding, and the other rows as before."""
+        fp32, rounding = torch.finfo(torch.float32).eps, torch.finfo(actual.dtype).eps
+        without_adapter = sorted(set(range(len(self.rows))) - set(self.with_adapter()))
+        assert torch.equal(actual[without_adapter], before[without_adapter]), "rows without adapter, bit for bit"
+        for token in self.with_adapter():
+            h = self.h_of(delta.h, token, delta.segments.plan).double()
+            b_slices = self.b_of(int(self.rows[token])).double().split(self.widths, dim=1)
+            base = before[token].double()
+            lora = torch.cat([own @ b for own, b in zip(h, b_slices, strict=True)])
+            magnitude = base.abs() + torch.cat([own.abs() @ b.abs() for own, b in zip(h, b_slices, strict=True)])
+            error = (actual[token].double() - (base + lora)).abs()
+            assert (error <= (h.shape[1] + 2) * fp32 * magnitude + rounding * (base + lora).abs()).all()
 
     def to(self, device: str, dtype: torch.dtype | None = None) -> Case:
         tensors = {name: getattr(self, name).to(device, dtype) for name in ("x", "y", "a", "b")}
@@ -128,6 +180,10 @@ class Case:
         """The same adapters with these tokens only, in this order."""
         index = torch.from_numpy(tokens).to(self.x.device)
         return replace(self, x=self.x[index], y=self.y[index], rows=self.rows[tokens])
+
+
+def border_ranks(rank: np.ndarray) -> int:
+    return sum(padded_rank(own) + 8 for own in rank.tolist())
 
 
 @pytest.fixture(params=[Target("cpu", torch.float32), Target("cpu", torch.bfloat16)], ids=["float32", "bfloat16"])
@@ -145,22 +201,26 @@ def make_case() -> Callable[..., Case]:
         ranks: tuple[int, ...],
         k: int = 100,
         widths: tuple[int, ...] = (150, 33, 7),
+        bordered: bool = False,
     ) -> Case:
         generator = torch.Generator().manual_seed(len(rows) + k)
-        pages = -(-np.array(ranks) // 8) * 8
-        # Adapters lie in the pool in reverse order, a free page behind each.
+        pages = -(-np.array(ranks, np.int32) // 8) * 8
+        # Adapters lie in the pool in reverse order, a free page behind each, and in the border in order.
         rank_start = (np.cumsum((pages + 8)[::-1])[::-1] - pages).astype(np.int32)
+        h_start = (np.cumsum(pages + 8) - pages).astype(np.int32) if bordered else None
         size = int((pages + 8).sum() + 8)
-        a, b = torch.full((len(widths), size, k), torch.nan), torch.full((size, sum(widths)), torch.nan)
         case = Case(
             x=torch.randn(len(rows), k, generator=generator),
             y=torch.randn(len(rows), sum(widths), generator=generator),
-            a=a, b=b, widths=widths,
-            rows=np.array(rows, np.int32), rank_start=rank_start, rank=np.array(ranks, np.int32),
+            a=torch.full((size * len(widths), k), torch.nan), b=torch.full((size, sum(widths)), torch.nan),
+            widths=widths, rows=np.array(rows, np.int32),
+            rank_start=rank_start, rank=np.array(ranks, np.int32), h_start=h_start,
         )  # fmt: skip
         for slot in range(len(ranks)):
-            a[:, case.owned(slot)] = torch.randn(a[:, case.owned(slot)].shape, generator=generator)
-            b[case.owned(slot)] = torch.randn(b[case.owned(slot)].shape, generator=generator)
+            block = slice(rank_start[slot] * case.slices, (rank_start[slot] + pages[slot]) * case.slices)
+            case.a[block] = 0
+            for own in (case.a_of(slot), case.b_of(slot)):
+                own.copy_(torch.randn(own.shape, generator=generator))
         return case.to(target.device, target.dtype)
 
     return make

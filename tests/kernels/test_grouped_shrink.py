@@ -1,53 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib
+
+import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import grouped_shrink, grouped_shrink_reference
-from multilora_kernels.segments import rank_blocks
+from multilora_kernels import grouped_shrink, grouped_shrink_reference, plan_segments
+from multilora_kernels.grouped_shrink import block_c_for
 
 
 def check_against_fp64(h: torch.Tensor, case, segments) -> None:
     """Elementwise: K float32 additions and one rounding to h's dtype may go wrong, and nothing else."""
     k = case.x.shape[1]
     fp32, rounding = torch.finfo(torch.float32).eps, torch.finfo(h.dtype).eps
-    ranks = rank_blocks(segments.plan.max_rank)[1]
-    assert h.shape[1:] == (len(case.widths), segments.plan.num_tokens, ranks)
-    total = h.double().sum(dim=0)
-    for m, token in enumerate(segments.order.tolist()):
-        slot = int(case.rows[token])
-        x, a = case.x[token].double(), case.a[:, case.owned(slot)].double()
+    assert h.dtype == case.x.dtype
+    assert h.shape == (len(case.rows), case.slices * segments.plan.h_ranks)
+    for token in case.with_adapter():
+        x, a = case.x[token].double(), case.a_of(int(case.rows[token])).double()
         expected, magnitude = a @ x, a.abs() @ x.abs()
-        error = (total[:, m, : case.rank[slot]] - expected).abs()
+        error = (case.h_of(h, token, segments.plan).double() - expected).abs()
         assert (error <= (k + 8) * fp32 * magnitude + rounding * expected.abs()).all()
-        assert (total[:, m, case.rank[slot] :] == 0).all(), "columns beyond the own rank"
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize(("k", "splits"), [(100, 1), (37, 2), (700, 4)])
-def test_kernel(batch, target, make_case, block_m, k, splits):
+@pytest.mark.parametrize("k", [37, 100, 700])
+@pytest.mark.parametrize("block_c", [16, 64])
+def test_kernel(batch, target, make_case, monkeypatch, block_m, k, block_c):
     rows, ranks = batch
     case = make_case(rows, target, ranks=ranks, k=k)
     segments = case.segments(block_m)
-    h = grouped_shrink(case.x, case.a, segments, splits)
-    assert h.shape[0] == splits
-    assert h.dtype == (target.dtype if splits == 1 else torch.float32)
-    check_against_fp64(h, case, segments)
+    module = importlib.import_module(block_c_for.__module__)  # the package has the function under this name
+    monkeypatch.setattr(module, "block_c_for", lambda columns, num_tiles: block_c)
+    check_against_fp64(grouped_shrink(case.x, case.a, case.slices, segments), case, segments)
 
 
 def test_kernel_reads_strided_rows(target, make_case):
     case = make_case([1, -1, 0, 1], target, ranks=(3, 20), k=70)
     wide_x = torch.full((4, 91), torch.nan, dtype=target.dtype, device=target.device)
-    wide_a = torch.full((*case.a.shape[:2], 80), torch.nan, dtype=target.dtype, device=target.device)
-    wide_x[:, 5:75], wide_a[:, :, 3:73] = case.x, case.a
+    wide_a = torch.full((case.a.shape[0], 80), torch.nan, dtype=target.dtype, device=target.device)
+    wide_x[:, 5:75], wide_a[:, 3:73] = case.x, case.a
     segments = case.segments(16)
-    h = grouped_shrink(wide_x[:, 5:75], wide_a[:, :, 3:73], segments)
-    assert torch.equal(h, grouped_shrink(case.x, case.a, segments))
+    h = grouped_shrink(wide_x[:, 5:75], wide_a[:, 3:73], case.slices, segments)
+    expected = grouped_shrink(case.x, case.a, case.slices, segments)
+    for token in case.with_adapter():
+        assert torch.equal(case.h_of(h, token, segments.plan), case.h_of(expected, token, segments.plan))
+
+
+def test_h_is_as_wide_as_a_graphs_largest_rank_when_its_plan_says_so(target, make_case):
+    """A captured graph serves steps of smaller ranks: h keeps its width, and the tiles say where the ranks lie."""
+    case = make_case([0, 1, -1], target, ranks=(3, 20), k=70)
+    few = case.take(np.array([0, 2]))
+    captured, step = case.segments(16), few.segments(16)
+    assert step.plan.h_ranks < captured.plan.h_ranks
+    op = torch.ops.multilora.grouped_shrink
+    h = op(few.x, few.a, 3, step.order, step.tiles, 16, captured.plan.max_rank, captured.plan.h_ranks)
+    assert h.shape[1] == 3 * captured.plan.h_ranks
+    exact = few.a_of(0).double() @ few.x[0].double()
+    own = h[0, : 3 * step.plan.h_ranks].view(3, -1)[:, :3].double()
+    assert (own - exact).abs().max() < 70**0.5 * 70 * torch.finfo(target.dtype).eps
 
 
 def test_reference(batch, make_case, reference_target):
     rows, ranks = batch
     case = make_case(rows, reference_target, ranks=ranks, k=131)
     segments = case.segments(16)
-    check_against_fp64(grouped_shrink_reference(case.x, case.a, segments), case, segments)
+    check_against_fp64(grouped_shrink_reference(case.x, case.a, case.slices, segments), case, segments)
+
+
+def test_programs_take_more_of_a_once_there_are_enough_tiles():
+    assert block_c_for(columns=48, num_tiles=1) == 16
+    assert block_c_for(columns=48, num_tiles=64) == 32
+    assert block_c_for(columns=48, num_tiles=500) == 64
+    assert block_c_for(columns=8, num_tiles=500) == 16
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    segments = plan_segments(np.zeros(2, np.int32), np.zeros(1, np.int32), np.full(1, 4, np.int32), 16).to("cpu")
+    with pytest.raises(ValueError, match="x has 99 columns, a has 100"):
+        grouped_shrink(torch.zeros(2, 99), torch.zeros(24, 100), 3, segments)
+    with pytest.raises(ValueError, match="x has 3 rows, the plan 2 tokens"):
+        grouped_shrink(torch.zeros(3, 100), torch.zeros(24, 100), 3, segments)
+    with pytest.raises(ValueError, match="a has 25 rows, which 3 slices do not divide"):
+        grouped_shrink(torch.zeros(2, 100), torch.zeros(25, 100), 3, segments)

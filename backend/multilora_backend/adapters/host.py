@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from multilora_backend.adapters.peft import AdapterWeights
+    from multilora_backend.adapters.layout import AdapterWeights
 
 
 class HostCache:

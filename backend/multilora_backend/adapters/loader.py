@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from multilora_backend.adapters.peft import AdapterPlan, AdapterWeights, fingerprint
+from multilora_backend.adapters.layout import AdapterWeights
+from multilora_backend.adapters.peft import AdapterPlan, fingerprint
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.errors import MultiloraError
 
@@ -126,9 +127,9 @@ class ThreadLoader:
             return Outcome(job, now, weights=cached or self._read(job.folder))
         except MultiloraError as error:
             return Outcome(job, now, reason=error.message)
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it gets no memory
             log.warning("adapter %s: %s", job.name, error)
-            return Outcome(job, None, reason=f"cannot be read: {error.strerror or error}")
+            return Outcome(job, None, reason=f"cannot be read: {getattr(error, 'strerror', None) or error}")
         except Exception as error:  # whatever a file does to its parser, it ends this adapter and not the thread
             log.exception("adapter %s", job.name)
             return Outcome(job, None, reason=f"{type(error).__name__}: {error}")

@@ -3,7 +3,8 @@
 
 Everything here runs on the engine's thread and returns at once; only `Loader` has threads. Device memory is
 reserved when an adapter is requested, not when its weights have been read: whoever is requested first gets the
-room, and a reservation cannot be taken by a later request while its owner's weights are on their way.
+room, and a reservation cannot be taken by a later request while its owner's weights are on their way. That goes
+for the way from the disk and for the way to the device: an adapter is LOADING until its last byte is there.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.host import HostCache
 from multilora_backend.adapters.loader import Job, Loader, Outcome, ThreadLoader
 from multilora_backend.adapters.peft import check_adapter, fingerprint, read_adapter
-from multilora_backend.adapters.pool import MAX_RANKS, DevicePool
-from multilora_backend.adapters.ranks import Place, Placement, padded
+from multilora_backend.adapters.pool import MAX_RANKS, DevicePool, Transfer
+from multilora_backend.adapters.ranks import Place, Places, padded
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError
@@ -57,11 +58,11 @@ class AdapterManager:
         self._pool = DevicePool(sites if enabled else [], device_bytes, dtype, device, max_ranks)
         self.pool = self._pool if enabled else None
         self.records = {name: AdapterRecord(name, self._catalogue.path(name)) for name in self._catalogue}
-        self._placement = Placement(self._pool.num_ranks)
+        self._places = Places(self._pool.num_ranks)
         self._host = HostCache(host_bytes)
         self._clock = clock
         self._loader = loader or ThreadLoader(
-            partial(read_adapter, sites=sites, dtype=dtype),
+            partial(read_adapter, sites=sites, dtype=dtype, pin=self._pool.device.type == "cuda"),
             partial(check_adapter, sites=sites),
             load_threads if enabled else 0,
             on_change,
@@ -69,7 +70,9 @@ class AdapterManager:
         # One waiting load a thread keeps the threads busy; more would only fix an order that may change.
         self._max_loading = 2 * load_threads
         self._loading: dict[str, frozenset[str]] = {}
-        """LOADING adapters, and what their request may not evict."""
+        """LOADING adapters whose weights are being read, and what their request may not evict."""
+        self._transfers: dict[str, tuple[Transfer, Lease]] = {}
+        """LOADING adapters whose weights are on their way to the device, and what can be leased then."""
         self._leases: dict[str, Lease] = {}
         """ACTIVE adapters."""
         self._no_room_for: float = math.inf
@@ -78,6 +81,8 @@ class AdapterManager:
         self._by_state[AdapterState.COLD] = len(self.records)
         self._loads = self._failures = self._evictions = 0
         self._load_seconds: list[float] = []
+        self._failed: list[str] = []
+        """Since the last poll."""
 
     def check_all(self, wait_s: float = 0.0) -> None:
         """Starts checks of all configs and headers, waiting at most `wait_s`; `poll` makes the broken ones FAILED."""
@@ -146,19 +151,23 @@ class AdapterManager:
         """Whether the host cache has the weights that were last read."""
         return self._record(name).version in self._host
 
+    @property
+    def transferring(self) -> bool:
+        """Weights are on their way to the device. Nobody calls `on_change` when they arrive: `poll` every ms or so."""
+        return bool(self._transfers)
+
     def poll(self) -> list[str]:
-        """Takes in what the loader has finished; returns the adapters that FAILED, whose requests cannot be served."""
+        """Takes in what has been read and what has arrived; returns what FAILED, whose requests cannot be served."""
         self._no_room_for = math.inf
-        failed = []
         for outcome in self._loader.finished():
             record = self.records[outcome.job.name]
-            before = record.state
             if outcome.job.weights:
                 self._loaded(record, outcome)
-            elif before is AdapterState.COLD and not record.version:
+            elif record.state is AdapterState.COLD and not record.version:
                 self._checked(record, outcome)
-            if record.state is AdapterState.FAILED is not before:
-                failed.append(record.name)
+        for name in list(self._transfers):
+            self._arrived(self.records[name])
+        failed, self._failed = self._failed, []
         return failed
 
     def stats(self) -> AdapterStats:
@@ -186,13 +195,13 @@ class AdapterManager:
 
     def _loaded(self, record: AdapterRecord, outcome: Outcome) -> None:
         protect = self._loading.pop(record.name)
-        place = self._placement.get(record.name)
+        place = self._places.get(record.name)
         record.fingerprint = outcome.fingerprint
         record.version = ""
         weights = outcome.weights
         reason = outcome.reason if weights is None else self._pool.too_large(weights.rank)
         if place is not None and (weights is None or reason or place.rank != weights.rank):
-            self._placement.free(record.name)
+            self._places.free(record.name)
             place = None
         if weights is None or reason:
             self._fail(record, reason)
@@ -204,41 +213,68 @@ class AdapterManager:
         if place is None:
             self._move(record, AdapterState.COLD)
             return
-        self._pool.write(weights, place.slot, place.rank_start)
+        try:
+            transfer = self._pool.write(weights, place.slot, place.rank_start)
+        except RuntimeError as error:  # torch's, for whatever its device or its memory lacks
+            self._lost(record, error)
+            return
+        generation = int(self._pool.generation[place.slot])
+        lease = Lease(record.name, record.version, place.slot, place.rank_start, place.rank, generation)
+        self._transfers[record.name] = transfer, lease
+
+    def _arrived(self, record: AdapterRecord) -> None:
+        """Makes an adapter ACTIVE if its transfer is done."""
+        transfer, lease = self._transfers[record.name]
+        try:
+            if not transfer.done():
+                return
+        except RuntimeError as error:  # as above
+            self._lost(record, error)
+            return
+        del self._transfers[record.name]
         record.load_seconds = self._clock() - record.since
         record.last_used = self._clock()
         self._move(record, AdapterState.ACTIVE)
-        self._leases[record.name] = Lease(record.name, record.version, place.slot, place.rank_start, place.rank)
+        self._leases[record.name] = lease
         self._loads += 1
         self._load_seconds.append(record.load_seconds)
         if record.no_effect:
             log.warning("adapter %s: has no effect, all its deltas are zero", record.name)
 
+    def _lost(self, record: AdapterRecord, error: RuntimeError) -> None:
+        """A transfer failed. It says nothing about the folder, so the adapter may be asked for again."""
+        self._transfers.pop(record.name, None)
+        self._pool.clear(self._places.free(record.name).slot)
+        record.fingerprint = None
+        record.version = ""
+        self._fail(record, f"cannot be copied to the device: {error}")
+
     def _reserve(self, record: AdapterRecord, protect: Collection[str]) -> Place | None:
         """Device memory for an adapter of known rank, evicting for it if need be."""
         if padded(record.rank) >= self._no_room_for:
             return None
-        place = self._placement.claim(record.name, record.rank)
+        place = self._places.claim(record.name, record.rank)
         if place is not None:
             return place
         candidates = (self.records[name] for name in self._leases if name not in protect)
-        victims = self._placement.victims(record.rank, {r.name: r.last_used for r in candidates if not r.leases})
+        victims = self._places.victims(record.rank, {r.name: r.last_used for r in candidates if not r.leases})
         if victims is None:
             self._no_room_for = padded(record.rank)
             return None
         for name in victims:
             self._evict(self.records[name])
-        return self._placement.claim(record.name, record.rank)
+        return self._places.claim(record.name, record.rank)
 
     def _evict(self, record: AdapterRecord) -> None:
         self._move(record, AdapterState.EVICTING)
         del self._leases[record.name]
-        self._pool.clear(self._placement.free(record.name).slot)
+        self._pool.clear(self._places.free(record.name).slot)
         self._move(record, AdapterState.COLD)
         self._evictions += 1
 
     def _fail(self, record: AdapterRecord, reason: str) -> None:
         self._failures += 1
+        self._failed.append(record.name)
         log.warning("adapter %s (%s) failed: %s", record.name, record.path, reason)
         record.rank = 0
         record.looked_at = self._clock()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate, numel
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.adapters.tensors import TensorInfo, read_data, read_header
@@ -54,29 +56,6 @@ class AdapterPlan:
     """Elements in device layout."""
 
 
-@dataclass(frozen=True, eq=False)
-class SiteWeights:
-    a: Tensor
-    """[slices, rank, in_features]; rows of slices without LoRA, and beyond a module's own rank, are zero."""
-    b: Tensor
-    """[rank, width], multiplied by the scale; zero where A is."""
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterWeights:
-    """In the device pool's layout on the host, in one (pinned, if there is a CUDA device) allocation."""
-
-    version: str
-    """Content hash of the folder's config and weights."""
-    rank: int
-    sites: tuple[SiteWeights | None, ...]
-    """One for each site of the model; None where the adapter does nothing."""
-    nbytes: int
-    parts: tuple[Part, ...]
-    no_effect: bool
-    """Every product BA is zero."""
-
-
 def fingerprint(folder: Path) -> Fingerprint:
     """Changes when the folder's content does, as far as the file system's clock and sizes tell."""
 
@@ -97,8 +76,8 @@ def check_adapter(folder: Path, sites: Sequence[LoraSite]) -> AdapterPlan:
         return _plan(config, read_header(file, WEIGHTS).tensors, sites)
 
 
-def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype) -> AdapterWeights:
-    """Reads, checks and lays out an adapter.
+def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype, pin: bool = False) -> AdapterWeights:
+    """Reads, checks and lays out an adapter, in pinned memory if `pin`.
 
     Raises MultiloraError with the reason if PEFT would compute anything else from this folder than we could, or
     OSError if a file cannot be read. Scales are folded into B in float32 before the cast to `dtype`.
@@ -111,17 +90,17 @@ def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype) ->
         data = read_data(file, header, WEIGHTS)
     digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text, digest_size=16)
     digest.update(data.data)
-    flat = torch.zeros(plan.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
-    weights = _views(flat, plan, sites)
+    ranks: Counter[int] = Counter()
+    for part in plan.parts:
+        ranks[part.site] += part.rank
+    buffers, weights = allocate(sites, ranks, plan.rank, dtype, pin)
+    for index, laid_out in enumerate(weights):
+        # The usual adapter, of one rank and on every module, covers its memory: nothing is written twice.
+        if laid_out is not None and ranks[index] < len(laid_out.a):
+            laid_out.a.zero_()
+            laid_out.b.zero_()
     effects = [_fill(weights[part.site], part, sites[part.site], data) for part in plan.parts]
-    return AdapterWeights(
-        version=digest.hexdigest(),
-        rank=plan.rank,
-        sites=tuple(weights),
-        nbytes=flat.nbytes,
-        parts=plan.parts,
-        no_effect=not any(effects),
-    )
+    return AdapterWeights(digest.hexdigest(), plan.rank, weights, buffers, no_effect=not any(effects))
 
 
 def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[LoraSite]) -> AdapterPlan:
@@ -157,7 +136,7 @@ def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[Lo
         raise invalid("target_modules", "names no linear of the base model")
     rank = max(part.rank for part in parts)
     touched = [sites[i] for i in {part.site for part in parts}]
-    return AdapterPlan(tuple(parts), rank, sum(_site_numel(site, rank) for site in touched))
+    return AdapterPlan(tuple(parts), rank, sum(numel(site, rank) for site in touched))
 
 
 def _expect(found: dict[tuple[str, str], TensorInfo], module: str, part: str, shape: tuple[int, int]) -> TensorInfo:
@@ -172,29 +151,13 @@ def _expect(found: dict[tuple[str, str], TensorInfo], module: str, part: str, sh
     return info
 
 
-def _site_numel(site: LoraSite, rank: int) -> int:
-    return rank * (len(site.modules) * site.in_features + site.width)
-
-
-def _views(flat: Tensor, plan: AdapterPlan, sites: Sequence[LoraSite]) -> list[SiteWeights | None]:
-    weights: list[SiteWeights | None] = [None] * len(sites)
-    start = 0
-    for index in sorted({part.site for part in plan.parts}):
-        site = sites[index]
-        middle = start + len(site.modules) * plan.rank * site.in_features
-        stop = start + _site_numel(site, plan.rank)
-        a = flat[start:middle].view(len(site.modules), plan.rank, site.in_features)
-        weights[index] = SiteWeights(a, flat[middle:stop].view(plan.rank, site.width))
-        start = stop
-    return weights
-
-
 def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray[np.uint8]) -> bool:
     """Writes one module's A and scaled B. False if their product is zero."""
     if weights is None:
         raise RuntimeError(f"no room was laid out for {part.module}")
     first = sum(site.out_features[: part.slice])
-    a = weights.a[part.slice, : part.rank]
+    row = part.slice * len(weights.b)
+    a = weights.a[row : row + part.rank]
     b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
     source_a, source_b = _tensor(part.a, data), _tensor(part.b, data)
     a.copy_(source_a)

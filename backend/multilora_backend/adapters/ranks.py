@@ -67,7 +67,7 @@ class Place:
     rank: int
 
 
-class Placement:
+class Places:
     """Slots and rank ranges of the adapters that have, or will have, their weights on the device."""
 
     def __init__(self, num_ranks: int) -> None:

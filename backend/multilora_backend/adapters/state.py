@@ -15,8 +15,9 @@ class AdapterState(str, Enum):
     COLD = "cold"
     """Known by name; its weights may be in the host cache."""
     LOADING = "loading"
+    """Being read, or being copied to the device."""
     ACTIVE = "active"
-    """In the device pool: it can be leased."""
+    """All of it is in the device pool: it can be leased."""
     EVICTING = "evicting"
     FAILED = "failed"
     """Refused, with the reason, until its folder changes."""
@@ -25,6 +26,7 @@ class AdapterState(str, Enum):
 _LEGAL: dict[AdapterState, frozenset[AdapterState]] = {
     # COLD -> FAILED: the check at server start reads no weights, so nothing is loading.
     AdapterState.COLD: frozenset({AdapterState.LOADING, AdapterState.FAILED}),
+    # LOADING -> FAILED: by what the folder holds, or because the copy to the device failed.
     # LOADING -> COLD: the rank turned out larger than what was reserved, and leases are in the way.
     AdapterState.LOADING: frozenset({AdapterState.ACTIVE, AdapterState.FAILED, AdapterState.COLD}),
     AdapterState.ACTIVE: frozenset({AdapterState.EVICTING}),
@@ -52,7 +54,7 @@ class AdapterRecord:
     rank: int = field(default=0, init=False)
     """Largest rank of a module; 0 while unknown."""
     nbytes: int = field(default=0, init=False)
-    """In device layout, without the padding to rank pages."""
+    """On the host, in device layout."""
     no_effect: bool = field(default=False, init=False)
     """The last weights read change nothing (every B is zero, say): allowed, but hardly what was meant."""
     looked_at: float = field(default=0.0, init=False)
@@ -86,6 +88,8 @@ class Lease:
     """Index into the pool's rank_start and rank."""
     rank_start: int
     rank: int
+    generation: int = 0
+    """No two adapters that were ever in this slot have the same; see `DevicePool.generation`."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import torch
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.config import Config
-from multilora_backend.core import FinishReason, Sequence, SequenceStatus
-from multilora_backend.engine.runner import ModelRunner
+from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, SequenceStatus, Slot, StepPlan
+from multilora_backend.engine import memory
+from multilora_backend.engine.runner import Launched, create_runner
 from multilora_backend.engine.sampler import Sampled
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
-from multilora_backend.models.attention import TorchAttention
-from multilora_backend.models.loader import LoadedModel, attach_kv_cache, bytes_per_token, load_model, model_card
+from multilora_backend.models.fusion import linears
+from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
 from multilora_backend.models.lora import create_strategy
 from multilora_backend.protocol import Abort, EngineMessage, Failed, Output, Outputs, Stats, Submit
 from multilora_backend.scheduling.pages import PageTable
@@ -29,17 +30,21 @@ from multilora_backend.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-CPU_KV_CACHE_BYTES = 256 * 2**20
-ADAPTER_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 CHECK_ADAPTERS_S = 1.0
 """How long the start waits for the check of all adapters; with thousands of them it goes on while serving."""
 
 
 class Engine:
-    """Owns the model, the pages, the adapters and every sequence."""
+    """Owns the model, the pages, the adapters and every sequence.
+
+    With `async_scheduling` a step is scheduled and launched while the one before it still runs on the device, and its
+    results are read one `step` later. Tokens that are not known yet are UNKNOWN_TOKEN in their sequences meanwhile; a
+    sequence that turns out to have ended has computed one row in vain.
+    """
 
     def __init__(self, config: Config, wake: Callable[[], None]) -> None:
         """Loads the model. `wake` is called from loader threads when an adapter's load has ended."""
+        started = time.monotonic()
         # A core is left to the front end: OpenMP's threads wait for each other, so one that is preempted stops all.
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
@@ -47,18 +52,20 @@ class Engine:
         self.adapters = AdapterManager(
             Catalogue.read(config.adapters) if config.lora_enabled else None,
             self.model.sites,
-            device_bytes=config.adapter_device_bytes or ADAPTER_BYTES[self.model.device.type],
+            device_bytes=config.adapter_device_bytes or memory.adapter_bytes(self.model.device),
             host_bytes=config.adapter_host_bytes,
             load_threads=config.adapter_load_threads,
             dtype=self.model.dtype,
             device=self.model.device,
             on_change=wake,
         )
-        # After the adapters' pool: on CUDA the pages take what is left.
-        self.pages = PageTable(_num_pages(config, self.model), config.block_size, config.enable_prefix_caching)
-        self.model.max_model_len = min(self.model.max_model_len, (self.pages.num_pages - 1) * config.block_size)
+        lora = create_strategy(config.lora_strategy, linears(self.model.module), self.adapters.pool)
+        # After the adapters' memory: on CUDA the pages take what is left.
+        num_pages = memory.num_pages(config, self.model)
+        self.pages = PageTable(num_pages, config.block_size, config.enable_prefix_caching)
+        self.model.max_model_len = min(self.model.max_model_len, (num_pages - 1) * config.block_size)
         self.card = model_card(self.model, config)
-        attach_kv_cache(self.model.module, self.pages.num_pages, config.block_size, self.model.device)
+        attach_kv_cache(self.model.module, num_pages, config.block_size, self.model.device)
         self.adapters.check_all(wait_s=CHECK_ADAPTERS_S)
         self.scheduler = Scheduler(
             self.pages,
@@ -68,13 +75,15 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_loras=config.max_loras,
         )
-        lora = create_strategy(config.lora_strategy, self.model.sites, self.adapters.pool, self.model.device)
-        attention = TorchAttention(config.block_size, self.model.device)
-        self.runner = ModelRunner(self.model, attention, lora, config.block_size)
+        self.runner = create_runner(config, self.model, lora)
+        cuda = self.model.device.type == "cuda"
+        self._overlap = config.async_scheduling == "on" or (config.async_scheduling == "auto" and cuda)
+        self._in_flight: Launched | None = None
         self.steps = 0
         self.adapters_per_step_max = 0
         self._adapters_per_step: Counter[int] = Counter()
         self._replies: defaultdict[str, list[EngineMessage]] = defaultdict(list)
+        log.info("engine ready after %.1f s, %d KV pages", time.monotonic() - started, num_pages)
 
     def submit(self, frontend: str, message: Submit) -> None:
         """Takes a request in, or answers it with Failed."""
@@ -97,6 +106,7 @@ class Engine:
                     priority=message.priority,
                     tenant=message.tenant,
                     arrival=time.monotonic(),
+                    max_len=min(len(message.prompt_token_ids) + sampling.max_tokens, self.model.max_model_len),
                 )
             )
 
@@ -104,40 +114,69 @@ class Engine:
         for sequence in self._sequences():
             name, request_id, index = sequence.key
             if (name, request_id) == (frontend, message.request_id) and message.index in (-1, index):
-                self.scheduler.finish(sequence, FinishReason.ABORT)
+                self._finish(sequence, FinishReason.ABORT)
 
     def drop_frontend(self, frontend: str) -> None:
         """A front end is gone: so are its requests."""
         for sequence in self._sequences():
             if sequence.key[0] == frontend:
-                self.scheduler.finish(sequence, FinishReason.ABORT)
+                self._finish(sequence, FinishReason.ABORT)
         self._replies.pop(frontend, None)
 
     def step(self) -> bool:
-        """Runs one step if anything can run. False: nothing to do until a message or an adapter arrives."""
+        """Launches the next step and takes in what the one before it has computed.
+
+        False: nothing to do until a message or an adapter arrives.
+        """
         for name in self.adapters.poll():
             self._fail_waiting_for(name)
         plan = self.scheduler.schedule(time.monotonic())
-        if not plan.slots:
-            return False
+        launched = self._launch(plan) if plan.slots else None
+        before, self._in_flight = self._in_flight, launched
+        if before is not None:
+            self._collect(before)
+        if launched is not None and not self._overlap:
+            self._in_flight = None
+            self._collect(launched)
+        return bool(plan.slots) or before is not None
+
+    def _launch(self, plan: StepPlan) -> Launched | None:
         self.steps += 1
         count = len(plan.adapters)
         self._adapters_per_step[count] += 1
         self.adapters_per_step_max = max(self.adapters_per_step_max, count)
         try:
-            sampled = self.runner.run(plan)
-        except Exception as error:  # whatever a batch died of, it ends that batch's requests and not the server
-            log.exception("step %d failed", self.steps)
-            message = f"the step failed: {type(error).__name__}: {error}"
-            self._fail([slot.sequence for slot in plan.slots], ErrorCode.INTERNAL, message)
-            return True
-        self.scheduler.publish(plan)
+            launched = self.runner.launch(plan)
+        except Exception as error:
+            self._step_failed(plan, error)
+            return None
+        for slot in launched.slots:
+            slot.sequence.token_ids.append(UNKNOWN_TOKEN)
+        return launched
+
+    def _collect(self, launched: Launched) -> None:
+        """Waits for a step; its tokens go to their sequences and to the front ends."""
+        try:
+            sampled = launched.result()
+        except Exception as error:
+            self._step_failed(launched.plan, error)
+            return
         outputs: defaultdict[str, list[Output]] = defaultdict(list)
         for slot, token in sampled:
-            outputs[slot.sequence.key[0]].append(self._append(slot.sequence, token))
+            if not slot.sequence.finished:
+                slot.sequence.token_ids[slot.start + slot.count] = token.token_id
+                outputs[slot.sequence.key[0]].append(self._append(slot, token))
+        self.scheduler.publish(launched.plan)
         for frontend, items in outputs.items():
             self._replies[frontend].append(Outputs(items))
-        return True
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+        """Whatever a batch died of, it ends that batch's requests and not the server, as long as the device lives."""
+        log.error("step %d failed", self.steps, exc_info=error)
+        message = f"the step failed: {type(error).__name__}: {error}"
+        self._fail([slot.sequence for slot in plan.slots], ErrorCode.INTERNAL, message)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # raises if the device is lost: the front ends then start a new engine
 
     def take_replies(self) -> dict[str, list[EngineMessage]]:
         """What is to be sent, by front end."""
@@ -170,6 +209,11 @@ class Engine:
             adapters_per_step_max=self.adapters_per_step_max,
         )
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting, running or under way on the device."""
+        return not self.scheduler.has_work and self._in_flight is None
+
     def check_idle(self) -> None:
         """Raises RuntimeError if an idle engine still holds something."""
         self.pages.check()
@@ -195,14 +239,14 @@ class Engine:
         if message.adapter:
             self.adapters.check(message.adapter)
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> Output:
-        """Adds a token to its sequence and ends the sequence if that was its last."""
-        sequence.token_ids.append(sampled.token_id)
+    def _append(self, slot: Slot, sampled: Sampled) -> Output:
+        """Takes in a slot's token and ends the sequence if that was its last."""
+        sequence = slot.sequence
         if sampled.logprob is not None:
             sequence.cumulative_logprob += sampled.logprob
-        reason = self._finish_reason(sequence, sampled.token_id)
+        reason = self._finish_reason(sequence, sampled.token_id, num_tokens=slot.start + slot.count + 1)
         if reason is not None:
-            self.scheduler.finish(sequence, reason)
+            self._finish(sequence, reason)
         _, request_id, index = sequence.key
         return Output(
             request_id=request_id,
@@ -213,14 +257,16 @@ class Engine:
             finish_reason=reason,
         )
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int, num_tokens: int) -> FinishReason | None:
         sampling = sequence.sampling
         # Before min_tokens the sampler cannot draw any of these.
         if token_id in sampling.stop_token_ids or (token_id in self.card.eos_token_ids and not sampling.ignore_eos):
             return FinishReason.STOP
-        if sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.model.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_tokens >= sequence.max_len else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+        self.runner.sampler.forget(sequence)
 
     def _fail_waiting_for(self, adapter: str) -> None:
         """The adapter could not be loaded: its waiting requests end with the reason, nobody else notices."""
@@ -233,24 +279,10 @@ class Engine:
         failed = {sequence.key[:2] for sequence in sequences}
         for sequence in self._sequences():  # a request's n sequences fail together
             if sequence.key[:2] in failed:
-                self.scheduler.finish(sequence, FinishReason.ERROR)
+                self._finish(sequence, FinishReason.ERROR)
         for frontend, request_id in sorted(failed):
             self._replies[frontend].append(Failed(request_id, code, message))
 
 
 def _policy(config: Config) -> Policy:
     return FirstCome() if config.policy == "first_come" else AdapterFirst(config.max_overtake_s)
-
-
-def _num_pages(config: Config, model: LoadedModel) -> int:
-    """KV pages, the trash page included, within `kv_cache_bytes`."""
-    budget = config.kv_cache_bytes
-    if not budget:
-        budget = CPU_KV_CACHE_BYTES
-        if model.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(model.device)
-            budget = int(free - (1 - config.gpu_memory_utilization) * total)
-    page_bytes = bytes_per_token(model) * config.block_size
-    if budget < 2 * page_bytes:
-        raise invalid("kv_cache_bytes", f"must be at least {2 * page_bytes} (two pages), got {budget}")
-    return budget // page_bytes

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to tokens, each row by its own parameters and its own random numbers.
+"""From logits to tokens, each row by its own parameters and its own random numbers, without the host ever waiting.
 
-Randomness is a function of (sequence's seed, number of output tokens) only, so a request with a seed gives
-the same tokens whatever shares its batch. A token is drawn as argmax(p / e) with e ~ Exp(1), which picks
-token i with probability p_i (the exponential-race form of the Gumbel-max trick).
+Randomness is a function of (sequence's seed, number of output tokens) only, so a request with a seed gives the same
+tokens whatever shares its batch. A step may be launched while the one before it still runs: a sequence's newest token
+can be a placeholder on the host, so nothing here reads its value; penalties count tokens on the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from multilora_backend.core import SamplingParams, Sequence
+from multilora_backend.engine.penalties import Penalties
+from multilora_backend.engine.staging import Batch, Staging
 from multilora_backend.protocol import TokenLogprob
+from multilora_kernels.draw import draw
+from multilora_kernels.truncate import truncate
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below are 0: the likeliest token wins by more than any noise, and logit / temperature may overflow."""
 
 
 @dataclass(frozen=True)
@@ -26,98 +36,201 @@ class Sampled:
     """The sampled token, then the likeliest `logprobs` ones; None if not asked for."""
 
 
+class Sampler:
+    """Draws the next token of each sequence; one thread, one stream."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: list[int], device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._staging = Staging(device)
+        self._penalties = Penalties(vocab_size, device)
+        self._biases: dict[Sequence, _Bias] = {}
+
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, sequences: list[Sequence]) -> Pending:
+        """Queues the draw of every sequence's token number `num_output_tokens` on the current stream.
+
+        logits: [B, vocab] of any float dtype, row i sequence i's; rows may be strided. They are not changed.
+        """
+        if logits.shape != (len(sequences), self._vocab_size):
+            raise ValueError(f"logits {tuple(logits.shape)}, expected {(len(sequences), self._vocab_size)}")
+        batch, wants = Batch(self._staging), _Wants(sequences)
+        given = batch.upload(self._parameters(sequences, wants, batch))
+        token_ids = self._draw(self._adjust(logits, wants, given), wants, given)
+        if wants.penalties:
+            drawn = token_ids.index_select(0, given["penalised"])
+            self._penalties.count([sequences[i] for i in wants.penalties], given["said"], drawn)
+        results = [token_ids]
+        if wants.logprobs:
+            most = max(sequences[i].sampling.logprobs or 0 for i in wants.logprobs)
+            at = given["reported"]
+            results += _logprobs(logits.index_select(0, at), token_ids.index_select(0, at), most)
+        return Pending(token_ids, batch, batch.download(*results), [s.sampling.logprobs for s in sequences])
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended: what the sampler keeps of it goes. Most have nothing here."""
+        self._penalties.forget(sequence)
+        self._biases.pop(sequence, None)
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Compiles every kernel that a request could wait for; `logits` [B, vocab] as the model makes them."""
+        for bias in (None, {0: 1.0}):  # adjusted logits are fp32 with dense rows, which takes kernels of their own
+            for top_p in (1.0, 0.5):
+                penalty = 0.5 if bias else 0.0
+                sampling = SamplingParams(logprobs=1, top_p=top_p, logit_bias=bias, presence_penalty=penalty)
+                sequences = [Sequence(("warm-up", 0, row), 1, [0], sampling, 0) for row in range(len(logits))]
+                self.launch(logits, sequences).result()
+                for sequence in sequences:
+                    self.forget(sequence)
+
+    def _parameters(self, sequences: list[Sequence], wants: _Wants, batch: Batch) -> dict[str, NDArray[Any]]:
+        """What the device must know, by name: nothing for a greedy batch."""
+        given: dict[str, NDArray[Any]] = {}
+        if wants.penalties:
+            penalised = [sequences[i] for i in wants.penalties]
+            given["penalised"] = np.array(wants.penalties, np.int64)
+            given["said"] = np.array(self._penalties.rows_of(penalised, batch), np.int64)
+            for name in ("repetition", "presence", "frequency"):
+                given[name] = _column(penalised, f"{name}_penalty")
+        if wants.biases:
+            given["bias_places"], given["biases"] = self._bias(sequences, wants.biases)
+        if wants.noise:
+            given["temperature"] = _column(sequences, "temperature")
+            given["temperature"][given["temperature"] < GREEDY_BELOW] = 0
+            given["seed"] = np.array([s.seed & (2**64 - 1) for s in sequences], np.uint64).view(np.int64)
+            given["index"] = np.array([s.num_output_tokens for s in sequences], np.int32)
+        if wants.truncation:
+            given["top_k"] = _column(sequences, "top_k", np.int32)
+            given["top_p"], given["min_p"] = _column(sequences, "top_p"), _column(sequences, "min_p")
+        if wants.logprobs:
+            given["reported"] = np.array(wants.logprobs, np.int64)
+        return given
+
+    def _adjust(self, logits: Tensor, wants: _Wants, given: dict[str, Tensor]) -> Tensor:
+        """The logits after penalties, logit_bias and min_tokens: fp32 and a copy if any row asks for one of them."""
+        if not wants.penalties and not wants.biases:
+            return logits
+        logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if wants.penalties:
+            strengths = (given[name] for name in ("repetition", "presence", "frequency"))
+            rows = logits.index_select(0, given["penalised"])
+            logits.index_copy_(0, given["penalised"], self._penalties.apply(rows, given["said"], *strengths))
+        if wants.biases:
+            logits.view(-1).index_add_(0, given["bias_places"], given["biases"])
+        return logits
+
+    def _draw(self, logits: Tensor, wants: _Wants, given: dict[str, Tensor]) -> Tensor:
+        if not wants.noise:
+            return logits.argmax(-1).to(torch.int32)
+        kept = None
+        if wants.truncation:
+            kept = truncate(logits, given["temperature"], given["top_k"], given["top_p"], given["min_p"])
+        return draw(logits, given["temperature"], given["seed"], given["index"], kept)
+
+    def _bias(self, sequences: list[Sequence], rows: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(places in the flat logits, what to add there) for these rows' logit_bias and min_tokens."""
+        places, values = [], []
+        for row in rows:
+            sequence = sequences[row]
+            bias = self._biases.get(sequence)
+            if bias is None:
+                bias = self._biases[sequence] = _Bias.of(sequence.sampling, self._eos_token_ids)
+            places.append(bias.tokens + row * self._vocab_size)
+            values.append(bias.values)
+            if sequence.num_output_tokens < sequence.sampling.min_tokens:
+                places.append(bias.ends + row * self._vocab_size)
+                values.append(np.full(len(bias.ends), -np.inf, np.float32))
+        return np.concatenate(places), np.concatenate(values)
+
+
+class Pending:
+    """Tokens that are being drawn."""
+
+    def __init__(self, token_ids: Tensor, batch: Batch, host: list[Tensor], logprobs: list[int | None]) -> None:
+        self.token_ids = token_ids
+        """[B] int32 on the device, valid in stream order."""
+        self._batch = batch
+        self._host = host
+        self._logprobs = logprobs
+        self._sampled: list[Sampled] | None = None
+
+    def result(self) -> list[Sampled]:
+        """Waits until the tokens are on the host."""
+        if self._sampled is None:
+            self._batch.wait()
+            self._sampled = self._read()
+            self._batch.release()
+        return self._sampled
+
+    def _read(self) -> list[Sampled]:
+        token_ids, *reports = (tensor.tolist() for tensor in self._host)
+        if not reports:
+            return [Sampled(token) for token in token_ids]
+        rows = zip(*reports, strict=True)
+        return [
+            Sampled(token) if wanted is None else _report(token, wanted, *next(rows))
+            for token, wanted in zip(token_ids, self._logprobs, strict=True)
+        ]
+
+
+class _Wants:
+    """Which rows of a batch ask for what; a pure greedy batch asks for nothing."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.noise = self.truncation = False
+        self.penalties: list[int] = []
+        self.biases: list[int] = []
+        self.logprobs: list[int] = []
+        for row, sequence in enumerate(sequences):
+            p = sequence.sampling
+            if p.temperature >= GREEDY_BELOW:
+                self.noise = True
+                if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0:
+                    self.truncation = True
+            if p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
+                self.penalties.append(row)
+            if p.logit_bias is not None or sequence.num_output_tokens < p.min_tokens:
+                self.biases.append(row)
+            if p.logprobs is not None:
+                self.logprobs.append(row)
+
+
+@dataclass(frozen=True)
+class _Bias:
+    """A sequence's logit_bias, and the tokens that must not be drawn before min_tokens."""
+
+    tokens: NDArray[np.int64]
+    values: NDArray[np.float32]
+    ends: NDArray[np.int64]
+
+    @staticmethod
+    def of(sampling: SamplingParams, eos_token_ids: list[int]) -> _Bias:
+        bias = sampling.logit_bias or {}
+        ends = sorted({*eos_token_ids, *sampling.stop_token_ids})
+        return _Bias(
+            np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32), np.array(ends, np.int64)
+        )
+
+
+def _column(sequences: list[Sequence], name: str, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    return np.array([getattr(s.sampling, name) for s in sequences], dtype)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> list[Tensor]:
+    """(logprob and rank of each row's token, [R]; the `most` likeliest tokens and their logprobs, [R, most])."""
+    x = logits.float()
+    total = x.logsumexp(-1, keepdim=True)
+    chosen = x.gather(1, tokens[:, None].long())
+    top = x.topk(most)
+    return [(chosen - total)[:, 0], (x > chosen).sum(-1) + 1, top.indices, top.values - total]
+
+
+def _report(token: int, wanted: int, logprob: float, rank: int, ids: list[int], logprobs: list[float]) -> Sampled:
+    top = zip(ids[:wanted], logprobs[:wanted], strict=True)
+    likeliest = [TokenLogprob(i, value, place) for place, (i, value) in enumerate(top, start=1)]
+    return Sampled(token, logprob, [TokenLogprob(token, logprob, rank), *likeliest])
+
+
 def sample(logits: Tensor, sequences: list[Sequence], eos_token_ids: list[int]) -> list[Sampled]:
-    """Draws the next token of each sequence. logits `[B, vocab]` of any float dtype; row i is sequence i's."""
-    raw = logits.float()
-    adjusted = raw
-    if any(_adjusts(s) for s in sequences):
-        adjusted = raw.clone()
-        for row, sequence in zip(adjusted, sequences, strict=True):
-            _adjust(row, sequence, eos_token_ids)
-    tokens = adjusted.argmax(-1)
-    drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
-    ids = tokens.tolist()
-    wanted = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
-    logprobs = dict(zip(wanted, raw[wanted].log_softmax(-1), strict=True)) if wanted else {}
-    return [
-        _report(ids[i], logprobs[i], s.sampling.logprobs or 0) if i in logprobs else Sampled(ids[i])
-        for i, s in enumerate(sequences)
-    ]
-
-
-def _adjusts(sequence: Sequence) -> bool:
-    p = sequence.sampling
-    return (
-        p.repetition_penalty != 1.0
-        or p.presence_penalty != 0.0
-        or p.frequency_penalty != 0.0
-        or p.logit_bias is not None
-        or sequence.num_output_tokens < p.min_tokens
-    )
-
-
-def _adjust(row: Tensor, sequence: Sequence, eos_token_ids: list[int]) -> None:
-    """Penalties, bias and min_tokens, in place on one row `[vocab]`.
-
-    repetition_penalty counts prompt and output (Keskar et al., CTRL, 2019); presence and frequency count the
-    output only (OpenAI's definition: logit - count * frequency - (count > 0) * presence).
-    """
-    p, vocab = sequence.sampling, row.shape[0]
-    if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    output = sequence.token_ids[sequence.prompt_len :]
-    if output and (p.presence_penalty or p.frequency_penalty):
-        counts = torch.bincount(torch.tensor(output, device=row.device), minlength=vocab)
-        row -= counts * p.frequency_penalty + (counts > 0) * p.presence_penalty
-    if p.logit_bias:
-        index = torch.tensor(list(p.logit_bias), device=row.device)
-        row[index] += torch.tensor(list(p.logit_bias.values()), device=row.device)
-    if sequence.num_output_tokens < p.min_tokens:
-        row[list({*eos_token_ids, *p.stop_token_ids})] = -torch.inf
-
-
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    params = [s.sampling for s in sequences]
-    scaled = logits / logits.new_tensor([p.temperature for p in params])[:, None]
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-        scaled = _truncate(scaled, params)
-    noise = torch.stack([_exponential(s, logits.shape[1]) for s in sequences]).to(logits.device)
-    return (scaled.softmax(-1) / noise).argmax(-1)
-
-
-def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Sets to -inf what top_k, top_p and min_p exclude. The likeliest token always stays."""
-    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    vocab = logits.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=logits.device)
-    ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= top_k[:, None], -torch.inf)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    drop = before >= logits.new_tensor([p.top_p for p in params])[:, None]
-    drop |= probs < probs[:, :1] * logits.new_tensor([p.min_p for p in params])[:, None]
-    drop[:, 0] = False
-    # top_p = 1 keeps everything: without this a cumulative sum that rounds to 1.0 early would cut the tail.
-    full = torch.tensor([p.top_p >= 1.0 and p.min_p <= 0.0 for p in params], device=logits.device)
-    ordered = ordered.masked_fill(drop & ~full[:, None], -torch.inf)
-    return torch.empty_like(logits).scatter_(-1, index, ordered)
-
-
-def _exponential(sequence: Sequence, vocab: int) -> Tensor:
-    """Exp(1) noise `[vocab]` for the sequence's next token; splitmix64's increment spreads nearby seeds apart."""
-    state = (sequence.seed + (sequence.num_output_tokens + 1) * 0x9E3779B97F4A7C15) % 2**63
-    generator = torch.Generator().manual_seed(state)
-    return torch.empty(vocab).exponential_(generator=generator)
-
-
-def _report(token_id: int, logprobs: Tensor, top: int) -> Sampled:
-    chosen = float(logprobs[token_id])
-    entries = [TokenLogprob(token_id, chosen, int((logprobs > chosen).sum()) + 1)]
-    if top:
-        values, ids = logprobs.topk(top)
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        entries += [TokenLogprob(i, v, rank) for rank, (i, v) in enumerate(pairs, start=1)]
-    return Sampled(token_id, chosen, entries)
+    """Draws one step's tokens and waits for them."""
+    return Sampler(logits.shape[1], eos_token_ids, logits.device).launch(logits, sequences).result()

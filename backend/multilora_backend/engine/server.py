@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.2
 IDLE_POLL_MS = 100
+TRANSFER_POLL_MS = 1
+"""While nothing runs but an adapter is on its way to the device: nobody wakes the loop when it is there."""
 
 
 class EngineServer:
@@ -50,7 +52,8 @@ class EngineServer:
         """Returns when no front end is left."""
         busy = False
         while self._running:
-            self._receive(timeout_ms=0 if busy else IDLE_POLL_MS)
+            transferring = self._engine.adapters.transferring
+            self._receive(timeout_ms=0 if busy else TRANSFER_POLL_MS if transferring else IDLE_POLL_MS)
             busy = self._engine.step()
             for name, messages in self._engine.take_replies().items():
                 for message in messages:
@@ -118,7 +121,7 @@ class EngineServer:
 
     def _check_when_idle(self) -> None:
         """Once each time the engine runs dry. A leak is a bug, but not a reason to fail requests."""
-        idle, self._idle = self._idle, not self._engine.scheduler.has_work
+        idle, self._idle = self._idle, self._engine.idle
         if self._idle and not idle:
             try:
                 self._engine.check_idle()

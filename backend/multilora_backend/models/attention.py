@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention behind one small interface: `plan` once a step on the host, `run` once a layer.
 
-Registered with transformers under `NAME`, without a mask function, so that every layer calls it with
-`attention_mask=None` and unrepeated K and V. A layer's KV tensor hangs on its attention module as `kv_cache`,
+K and V of the step's rows are in their pages before `run`: `rope_write` puts them there. A layer's KV tensor is
 `[pages, 2, page_size, kv_heads, head_dim]`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from multilora_backend.models import context
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.layers import AttentionSpec
 from multilora_backend.scheduling.pages import TRASH_PAGE
 
 NAME = "multilora_paged"
-_IGNORED = {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+
+
+def _not_called(*_: Any, **__: Any) -> None:
+    raise RuntimeError("transformers' attention ran, but ours takes its place")
+
+
+# A registered name without a mask function keeps transformers from making masks, which is all that it is for.
+AttentionInterface.register(NAME, _not_called)
 
 
 class AttentionBackend(Protocol):
@@ -28,23 +34,8 @@ class AttentionBackend(Protocol):
         """Prepares a step's metadata. Everything that depends on lengths and page tables happens here."""
         ...
 
-    def run(
-        self,
-        kv_cache: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Writes K and V of the step's rows into their pages and attends causally over each row's sequence.
-
-        query `[T, heads, head_dim]`, key and value `[T, kv_heads, head_dim]`, after rope; returns the
-        query's shape. A row sees the last `window` positions, itself included (None: all).
-        Scores are `softcap * tanh(scores / softcap)` if softcap is given (Gemma 2).
-        """
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attends causally over each row's sequence: query `[T, heads, head_dim]` after rope, result the same shape."""
         ...
 
 
@@ -57,35 +48,22 @@ class TorchAttention:
 
     def plan(self, batch: Batch) -> None:
         def tensor(values: Any) -> Tensor:
-            return torch.as_tensor(values, device=self._device)
+            return torch.as_tensor(values, device=self._device, dtype=torch.long)
 
-        self._write = tensor(batch.write_pages), tensor(batch.write_offsets)
         counts = batch.row_starts[1:] - batch.row_starts[:-1]
+        pages = [batch.pages[a:b].tolist() for a, b in zip(batch.page_starts, batch.page_starts[1:], strict=False)]
         decoding = [i for i, count in enumerate(counts) if count == 1]
         self._chunks = [
-            (int(batch.row_starts[i]), int(counts[i]), int(batch.context_lens[i]), tensor(batch.pages[i]))
+            (int(batch.row_starts[i]), int(counts[i]), int(batch.context_lens[i]), tensor(pages[i]))
             for i, count in enumerate(counts)
             if count > 1
         ]
         self._decode_rows = tensor(batch.row_starts[:-1][decoding])
         self._decode_lens = tensor(batch.context_lens[decoding])
-        width = max((len(batch.pages[i]) for i in decoding), default=0)
-        padded = [batch.pages[i] + [TRASH_PAGE] * (width - len(batch.pages[i])) for i in decoding]
-        self._decode_pages = tensor(padded)
+        width = max((len(pages[i]) for i in decoding), default=0)
+        self._decode_pages = tensor([pages[i] + [TRASH_PAGE] * (width - len(pages[i])) for i in decoding])
 
-    def run(
-        self,
-        kv_cache: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        kv_cache[:, 0][self._write] = key
-        kv_cache[:, 1][self._write] = value
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
         out = torch.empty_like(query)
         if len(self._decode_rows):
             keys, values = self._gather(kv_cache, self._decode_pages)
@@ -94,19 +72,19 @@ class TorchAttention:
             # Pages may hold another sequence's leftovers behind the end: zeros, since 0 * NaN is NaN.
             keys = keys.masked_fill(~seen[:, :, None, None], 0)
             values = values.masked_fill(~seen[:, :, None, None], 0)
-            if window is not None:
-                seen &= at >= self._decode_lens[:, None] - window
+            if spec.window is not None:
+                seen &= at >= self._decode_lens[:, None] - spec.window
             rows = query[self._decode_rows][:, None]
-            out[self._decode_rows] = _attend(rows, keys, values, seen[:, None, None], scale, softcap)[:, 0]
+            out[self._decode_rows] = _attend(rows, keys, values, seen[:, None, None], spec)[:, 0]
         for start, count, length, pages in self._chunks:
             keys, values = self._gather(kv_cache, pages[None])
             at = torch.arange(length, device=query.device)
             behind = torch.arange(length - count, length, device=query.device)[:, None] - at
             seen = behind >= 0
-            if window is not None:
-                seen &= behind < window
+            if spec.window is not None:
+                seen &= behind < spec.window
             rows = query[None, start : start + count]
-            out[start : start + count] = _attend(rows, keys[:, :length], values[:, :length], seen, scale, softcap)[0]
+            out[start : start + count] = _attend(rows, keys[:, :length], values[:, :length], seen, spec)[0]
         return out
 
     def _gather(self, kv_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,44 +93,14 @@ class TorchAttention:
         return both[:, :, 0].flatten(1, 2), both[:, :, 1].flatten(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) -> Tensor:
     """q `[B, Tq, heads, D]`, k and v `[B, Tk, kv_heads, D]`, seen broadcasts to `[B, heads, Tq, Tk]`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    if spec.softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.scale, enable_gqa=True)
     else:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+        scores = torch.tanh(q @ k.transpose(-1, -2) * (spec.scale / spec.softcap)) * spec.softcap
         out = scores.masked_fill(~seen, -torch.inf).float().softmax(-1).to(v.dtype) @ v
     return out.transpose(1, 2)
-
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention call for a ragged batch: q `(1, heads, T, D)` -> `(1, T, heads, D)`."""
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _IGNORED)
-    if unknown or attention_mask is not None:
-        raise NotImplementedError(f"attention argument {unknown or 'attention_mask'} would be ignored")
-    out = context.current().attention.run(
-        cast(Tensor, module.kv_cache),
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out[None], None
-
-
-AttentionInterface.register(NAME, paged_attention)

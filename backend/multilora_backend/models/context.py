@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers of the running step may ask for: one module-level context, entered around a forward pass.
 
-transformers' modules stay as they are because of it: attention and LoRA find their metadata here and not in
-keyword arguments threaded through every layer.
+transformers' model around our layers stays as it is because of it: attention and LoRA find their metadata here and not
+in keyword arguments threaded through every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from multilora_backend.models.attention import AttentionBackend
     from multilora_backend.models.lora import LoraStrategy
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepContext:
-    """Both are planned for the step before it is entered."""
+    """Attention and LoRA are planned for the step before it is entered."""
 
     attention: AttentionBackend
     lora: LoraStrategy
+    write_slots: Tensor
+    """int32 [T]: where the K and V of each row go, page * page_size + offset."""
+    residual: Tensor | None = field(default=None, init=False)
+    """The residual stream `[T, hidden]` between two layers: a layer hands on the normed hidden states."""
 
 
 _current: StepContext | None = None
@@ -39,6 +45,7 @@ def step(context: StepContext) -> Iterator[None]:
         yield
     finally:
         _current = None
+        context.residual = None
 
 
 def current() -> StepContext:

@@ -1,56 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces a transformers model's linears by fused ones and tells where LoRA may act."""
+"""Puts our decoder layers in place of a transformers model's own, and tells where LoRA may act."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from multilora_backend.core import LoraSite
-from multilora_backend.models.linear import Follow, FusedLinear, Lead
+from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.models.layers import Attention, DecoderLayer, GatedMlp
+from multilora_backend.models.linear import FusedLinear
 
-GROUPS = {
-    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
-    ("gate_proj", "up_proj"): "gate_up_proj",
-}
-"""Linears of one parent that read the same input, in the order in which transformers calls them."""
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""transformers' names of gated activations, and ours."""
 
 
-def fuse(model: nn.Module) -> list[LoraSite]:
-    """Fuses in place every nn.Linear below the decoder's layers; returns the sites in module order.
+def fuse(model: Any) -> list[LoraSite]:
+    """Replaces every decoder layer in place; returns the sites in the order of the layers.
 
-    The output head stays as it is: it may be tied to the embedding.
+    The output head and the embedding stay as they are: they may be tied.
     """
+    decoder = model.model
     sites: list[LoraSite] = []
-    for name, parent in list(model.named_modules()):
-        children = {n: m for n, m in parent.named_children() if type(m) is nn.Linear}
-        if not children or ".layers." not in f"{name}.":
-            continue
-        for group, fused_name in _groups(list(children)):
-            parts = [children[n] for n in group]
-            site = LoraSite(
-                key=f"{name}.{fused_name}",
-                in_features=parts[0].in_features,
-                modules=tuple(f"{name}.{n}" for n in group),
-                out_features=tuple(p.out_features for p in parts),
-            )
-            fused = FusedLinear(site, len(sites), parts)
-            sites.append(site)
-            if len(group) == 1:
-                setattr(parent, group[0], fused)
-                continue
-            lead = Lead(fused)
-            setattr(parent, group[0], lead)
-            for i, member in enumerate(group[1:], start=1):
-                setattr(parent, member, Follow(lead, i))
+    layers = list(decoder.layers)
+    norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
+    for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+        decoder.layers[index] = _fused_layer(layer, f"model.layers.{index}", next_norm, index == 0, sites)
+    decoder.norm = nn.Identity()  # done by the last layer
     return sites
 
 
-def _groups(names: list[str]) -> list[tuple[tuple[str, ...], str]]:
-    """Splits the linears of one module into groups to fuse, each with the name of its fused linear."""
-    groups: list[tuple[tuple[str, ...], str]] = []
-    left = list(names)
-    for members, fused_name in GROUPS.items():
-        if set(members) <= set(left):
-            groups.append((members, fused_name))
-            left = [n for n in left if n not in members]
-    return groups + [((n,), n) for n in left]
+def linears(model: nn.Module) -> list[FusedLinear]:
+    """In the order of their sites."""
+    return sorted((m for m in model.modules() if isinstance(m, FusedLinear)), key=lambda m: m.index)
+
+
+def _fused_layer(layer: Any, path: str, next_norm: Any, first: bool, sites: list[LoraSite]) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    kind = ACTIVATIONS.get(_activation(layer))
+    if kind is None:
+        raise MultiloraError(ErrorCode.UNSUPPORTED, f"model: activation {_activation(layer)!r} is not supported")
+    qkv = _linear(attention, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj", sites)
+    o = _linear(attention, f"{path}.self_attn", ("o_proj",), "o_proj", sites)
+    gate_up = _linear(mlp, f"{path}.mlp", ("gate_proj", "up_proj"), "gate_up_proj", sites)
+    down = _linear(mlp, f"{path}.mlp", ("down_proj",), "down_proj", sites)
+    return DecoderLayer(layer, Attention(attention, qkv, o), GatedMlp(kind, gate_up, down), next_norm, first)
+
+
+def _activation(layer: Any) -> str:
+    config = layer.self_attn.config
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _linear(parent: Any, path: str, names: Sequence[str], fused: str, sites: list[LoraSite]) -> FusedLinear:
+    """One linear of the parts, or of the module that transformers itself has fused (Phi-3)."""
+    if hasattr(parent, fused):
+        names = (fused,)
+    parts: list[nn.Linear] = [getattr(parent, name) for name in names]
+    site = LoraSite(
+        key=f"{path}.{fused}",
+        in_features=parts[0].in_features,
+        modules=tuple(f"{path}.{name}" for name in names),
+        out_features=tuple(part.out_features for part in parts),
+    )
+    linear = FusedLinear(site, len(sites), parts)
+    sites.append(site)
+    for name in names:  # the fused copy is enough: an 8B model is 16 GB
+        delattr(parent, name)
+    return linear

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears of the running model: q/k/v and gate/up fused into one GEMM, with LoRA added by the step's strategy.
-
-transformers keeps calling `q_proj(x)`, `k_proj(x)`, `v_proj(x)`. The first becomes a `Lead`, which runs the
-fused linear and keeps the parts; the others become `Follow`s, which hand the parts out. That relies on the
-lead being called first and all with the same input; `models.loader` checks both on a small batch.
-"""
+"""Linears of the running model: q/k/v and gate/up are one GEMM each, with room behind the weight for LoRA's A."""
 
 from __future__ import annotations
 
@@ -12,54 +7,50 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from multilora_backend.core import LoraSite
 from multilora_backend.models import context
+from multilora_kernels import Delta, grouped_expand
 
 
 class FusedLinear(nn.Module):
-    """`y = x W^T + b`, then LoRA in place. W is `[site.width, site.in_features]`, slice-major."""
+    """`y = x W^T + b` and what LoRA adds to it. W is `[site.width, site.in_features]`, slice-major.
+
+    `weight` may have a *border*: rows behind W for the A rows of the adapters of a step, so that one GEMM gives both
+    y and h = x A^T. How much of it a step uses is the strategy's choice.
+    """
 
     def __init__(self, site: LoraSite, index: int, parts: Sequence[nn.Linear]) -> None:
         """`index` is the site's place among all sites of the model: the adapter pool is indexed by it."""
         super().__init__()
         self.site = site
         self.index = index
+        self.slices = len(site.modules)
         self.weight = nn.Parameter(torch.cat([p.weight.data for p in parts]), requires_grad=False)
         self.bias: nn.Parameter | None = None
         if any(p.bias is not None for p in parts):
             biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.data for p in parts]
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> `[..., width]`."""
-        y = F.linear(x, self.weight, self.bias)
-        context.current().lora.run(self.index, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+    def add_border(self, ranks: int) -> None:
+        """Makes room for `ranks` ranks of every slice behind the weight. All of it is zero at first."""
+        self.weight = nn.Parameter(_grown(self.weight.data, ranks * self.slices), requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(_grown(self.bias.data, ranks * self.slices), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Delta | None]:
+        """x `[T, in_features]` -> y `[T, width]`, rows possibly strided, and what is still to be added to it."""
+        return context.current().lora.project(self, x)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """y with LoRA added, for consumers that cannot add it themselves."""
+        y, delta = self(x)
+        if delta is not None:
+            grouped_expand(y, delta, self.site.out_features)
         return y
 
 
-class Lead(nn.Module):
-    """Takes the place of a group's first linear: computes all parts, returns the first."""
-
-    def __init__(self, fused: FusedLinear) -> None:
-        super().__init__()
-        self.fused = fused
-        self.parts: tuple[Tensor, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.parts = self.fused(x).split(self.fused.site.out_features, dim=-1)
-        return self.parts[0]
-
-
-class Follow(nn.Module):
-    """Takes the place of a further linear of the group: returns its part of the lead's last result."""
-
-    def __init__(self, lead: Lead, part: int) -> None:
-        super().__init__()
-        # In a tuple, or nn.Module would register the lead a second time.
-        self._lead = (lead,)
-        self._part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._lead[0].parts[self._part]
+def _grown(tensor: Tensor, rows: int) -> Tensor:
+    grown = tensor.new_zeros(tensor.shape[0] + rows, *tensor.shape[1:])
+    grown[: tensor.shape[0]] = tensor
+    return grown

@@ -18,10 +18,11 @@ from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 from multilora_backend.models import attention, context
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.fusion import fuse
+from multilora_backend.models.layers import Attention
 from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import ModelCard
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 """`model_type`s that the tests run against transformers."""
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -71,24 +72,26 @@ def load_model(config: Config) -> LoadedModel:
 
 
 def fuse_checked(module: Any, vocab_size: int, page_size: int, device: torch.device) -> list[LoraSite]:
-    """Fuses the model's linears and compares the logits of a small batch before and after.
+    """Puts our layers in and compares the logits of a small batch with those of transformers' own.
 
-    That catches a model that calls its projections in another order, with different inputs, or through
-    something other than their forward.
+    That catches a model whose arithmetic is not what our layers do: norms elsewhere, another activation or scale.
     """
     rows = min(8, page_size)
     ids = torch.arange(rows, device=device)[None] % vocab_size
-    caches = attach_kv_cache(module, num_pages=2, page_size=page_size, device=device)
-    before = _probe(module, ids, page_size, device)
+    module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        before = module(input_ids=ids, use_cache=False).logits.float()
+    module.set_attn_implementation(attention.NAME)
     sites = fuse(module)
+    caches = attach_kv_cache(module, num_pages=2, page_size=page_size, device=device)
     after = _probe(module, ids, page_size, device)
     caches.clear()
-    # Fusing changes only how a GEMM is tiled. 32 ulps of the model's dtype (a quarter of the largest logit in bf16) are
+    # Fusing changes only how sums are ordered. 32 ulps of the model's dtype (a quarter of the largest logit in bf16) are
     # far above what that does, and far below wrong wiring, whose logits have nothing to do with the right ones.
     tolerance = 32 * torch.finfo(module.dtype).eps * before.abs().max()
     if not torch.allclose(before, after, rtol=0, atol=float(tolerance)):
         raise MultiloraError(
-            ErrorCode.UNSUPPORTED, f"model: {type(module).__name__} gives other logits with fused linears; refused"
+            ErrorCode.UNSUPPORTED, f"model: {type(module).__name__} gives other logits with fused layers; refused"
         )
     return sites
 
@@ -97,21 +100,20 @@ def attach_kv_cache(module: Any, num_pages: int, page_size: int, device: torch.d
     """Hangs a zeroed KV tensor `[pages, 2, page_size, kv_heads, head_dim]` on every attention module."""
     caches = []
     for layer in attention_modules(module):
-        hf = layer.config
-        shape = (num_pages, 2, page_size, hf.num_key_value_heads, layer.head_dim)
+        shape = (num_pages, 2, page_size, layer.num_kv_heads, layer.head_dim)
         layer.kv_cache = torch.zeros(shape, dtype=module.dtype, device=device)
         caches.append(layer.kv_cache)
     return caches
 
 
-def attention_modules(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+def attention_modules(module: nn.Module) -> list[Attention]:
+    return [m for m in module.modules() if isinstance(m, Attention)]
 
 
 def bytes_per_token(model: LoadedModel) -> int:
     """KV bytes of one token over all layers."""
     layers = attention_modules(model.module)
-    return sum(2 * m.config.num_key_value_heads * m.head_dim * model.dtype.itemsize for m in layers)
+    return sum(2 * m.num_kv_heads * m.head_dim * model.dtype.itemsize for m in layers)
 
 
 def model_card(model: LoadedModel, config: Config) -> ModelCard:
@@ -145,25 +147,15 @@ def model_card(model: LoadedModel, config: Config) -> ModelCard:
 
 
 def _probe(module: nn.Module, ids: Tensor, page_size: int, device: torch.device) -> Tensor:
+    """Logits of all rows of one sequence that fits a page."""
     rows = ids.shape[1]
-    span = torch.arange(rows)
+    batch = Batch.idle(rows, page_size)
     backend = attention.TorchAttention(page_size, device)
-    backend.plan(
-        Batch(
-            token_ids=ids[0].cpu().numpy(),
-            positions=span.numpy(),
-            write_pages=torch.ones(rows, dtype=torch.long).numpy(),
-            write_offsets=span.numpy(),
-            adapter_slots=torch.full((rows,), -1, dtype=torch.int32).numpy(),
-            row_starts=torch.tensor([0, rows]).numpy(),
-            context_lens=torch.tensor([rows]).numpy(),
-            pages=[[1]],
-            sample_rows=span.numpy(),
-            sample_slots=[0] * rows,
-        )
-    )
-    with torch.inference_mode(), context.step(context.StepContext(backend, NoLora())):
-        return module(input_ids=ids, position_ids=span[None].to(device), use_cache=False).logits.float()
+    backend.plan(batch)
+    write_slots = torch.from_numpy(batch.write_slots).to(device)
+    positions = torch.from_numpy(batch.positions).to(device)[None]
+    with torch.inference_mode(), context.step(context.StepContext(backend, NoLora(), write_slots)):
+        return module(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
 
 
 def _refuse(hf: PretrainedConfig) -> None:
@@ -172,12 +164,20 @@ def _refuse(hf: PretrainedConfig) -> None:
 
     if hf.model_type not in SUPPORTED:
         raise refuse(f"model_type {hf.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
-    rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in STATIC_ROPE:
-        raise refuse(f"rope type {kind!r} changes with the longest request of a batch; supported are {STATIC_ROPE}")
+    for kind in _rope_types(hf):
+        if kind not in STATIC_ROPE:
+            raise refuse(f"rope type {kind!r} changes with the longest request of a batch; supported are {STATIC_ROPE}")
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise refuse("bidirectional attention is not supported: a token must not see later ones")
     if getattr(hf, "quantization_config", None):
         raise refuse("quantised weights are not supported")
+
+
+def _rope_types(hf: PretrainedConfig) -> list[str]:
+    """One for each kind of layer: Gemma 3 has other frequencies in its sliding layers."""
+    rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    return [str(r.get("rope_type", r.get("type", "default"))) for r in by_layer_type or [rope]]
 
 
 def _device(config: Config) -> torch.device:

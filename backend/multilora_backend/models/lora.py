@@ -1,94 +1,228 @@
 # SPDX-License-Identifier: Apache-2.0
 """How LoRA is computed: strategies behind one interface, chosen by name.
 
-Every strategy adds, for each row with an adapter, `B (A x)` of that adapter at its own rank, slice by slice,
-and leaves rows without one untouched bit for bit. They share the metadata of `multilora_kernels.segments`.
+Every strategy makes, for each row with an adapter, `B (A x)` of that adapter at its own rank, slice by slice, be added
+to the base linear, and leaves rows without one untouched bit for bit. They differ in where `h = A x` comes from: from
+grouped kernels over rows sorted by adapter, or from columns behind the base GEMM's output (the border).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from multilora_backend.adapters.border import TIERS, Border, Move
 from multilora_backend.adapters.pool import DevicePool
-from multilora_backend.core import LoraSite
+from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
+    CopyTable,
+    Delta,
+    SegmentPlan,
     Segments,
     block_m_for,
-    grouped_expand,
+    copy_blocks,
     grouped_expand_reference,
     grouped_shrink,
     grouped_shrink_reference,
+    max_tiles,
     plan_segments,
-    splits_for,
 )
+
+DECODE_BLOCK_M = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LoraStep:
+    """What a strategy does in one step. `segments` None: no row has an adapter."""
+
+    segments: SegmentPlan | None = None
+    tier: int = 0
+    """Ranks of the border behind each slice of the base GEMM; 0: h comes from grouped_shrink."""
+    moves: tuple[Move, ...] = ()
+    """What has to be copied into the border first."""
 
 
 class LoraStrategy(Protocol):
-    def plan(self, batch: Batch) -> None:
+    def tier(self, batch: Batch) -> int | None:
+        """The border's tier for this batch, 0 without adapters; None: it cannot be computed by a captured graph."""
+        ...
+
+    def plan(self, batch: Batch) -> LoraStep:
         """Host metadata for a step: which rows belong to which adapter."""
         ...
 
-    def run(self, site: int, x: Tensor, y: Tensor) -> None:
-        """Adds LoRA of site number `site` in place: x `[T, in_features]`, y `[T, width]`."""
+    def enter(self, step: LoraStep, segments: Segments | None) -> None:
+        """Queues the step's moves; from here on `project` works under this step. `segments` are its, on the device."""
+        ...
+
+    def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
+        """x `[T, in_features]` -> base output `[T, width]` and what is to be added to it."""
         ...
 
 
 class NoLora:
-    """For models served without adapters."""
+    """For models served without adapters, and for steps that have none."""
 
-    def plan(self, batch: Batch) -> None:
+    def tier(self, batch: Batch) -> int | None:
+        return 0
+
+    def plan(self, batch: Batch) -> LoraStep:
+        return LoraStep()
+
+    def enter(self, step: LoraStep, segments: Segments | None) -> None:
         pass
 
-    def run(self, site: int, x: Tensor, y: Tensor) -> None:
-        pass
+    def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
+        width = linear.site.width
+        bias = None if linear.bias is None else linear.bias[:width]
+        return F.linear(x, linear.weight[:width], bias), None
 
 
-class Reference:
-    """Plain torch, one matmul per adapter and slice: the CPU's strategy and what every other is tested against."""
+class Grouped(NoLora):
+    """Two grouped kernels a linear, the second one fused into its consumer where there is one."""
 
-    def __init__(self, sites: list[LoraSite], pool: DevicePool) -> None:
-        self._widths = [site.out_features for site in sites]
+    def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
         self._pool = pool
         self._segments: Segments | None = None
 
-    def plan(self, batch: Batch) -> None:
+    def tier(self, batch: Batch) -> int | None:
+        return None if (batch.adapter_slots >= 0).any() else 0
+
+    def plan(self, batch: Batch) -> LoraStep:
         rows = batch.adapter_slots
-        block_m = block_m_for(len(rows), len(set(rows.tolist())))
-        plan = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
-        self._segments = plan.to(self._pool.device) if plan.num_tokens else None
+        groups = len(np.unique(rows))
+        segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m_for(len(rows), groups))
+        return LoraStep(segments if segments.max_rank else None)
 
-    def run(self, site: int, x: Tensor, y: Tensor) -> None:
+    def enter(self, step: LoraStep, segments: Segments | None) -> None:
+        self._segments = segments
+
+    def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
+        y, _ = super().project(linear, x)
+        if self._segments is None:
+            return y, None
+        h = grouped_shrink(x, self._pool.a[linear.index], linear.slices, self._segments)
+        return y, Delta(h, self._pool.b[linear.index], self._segments)
+
+    def variants(self, rows: int) -> Iterator[LoraStep]:
+        """Steps of `rows` rows that between them launch every variant of the kernels, for the warm-up."""
+        for rank in (16, 32):
+            slots, one = np.zeros(rows, dtype=np.int32), np.ones(1, dtype=np.int32)
+            yield LoraStep(plan_segments(slots, 0 * one, min(rank, self._pool.num_ranks) * one, block_m_for(rows, 1)))
+
+
+class Reference(Grouped):
+    """Plain torch, one matmul per adapter and slice: what every other strategy is tested against."""
+
+    def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
+        y, _ = NoLora.project(self, linear, x)
         if self._segments is not None:
-            self._apply(x, y, self._pool.a[site], self._pool.b[site], self._widths[site], self._segments)
-
-    def _apply(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, widths: tuple[int, ...], segments: Segments) -> None:
-        h = grouped_shrink_reference(x, a, segments)
-        grouped_expand_reference(y, h, b, widths, segments)
-
-
-class Grouped(Reference):
-    """The Triton-lang kernels: one launch for all slices of a site, each adapter at its own rank."""
-
-    def _apply(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, widths: tuple[int, ...], segments: Segments) -> None:
-        h = grouped_shrink(x, a, segments, splits_for(segments, a.shape[0], a.shape[2]))
-        grouped_expand(y, h, b, widths, segments)
+            h = grouped_shrink_reference(x, self._pool.a[linear.index], linear.slices, self._segments)
+            delta = Delta(h, self._pool.b[linear.index], self._segments)
+            grouped_expand_reference(y, delta, linear.site.out_features)
+        return y, None
 
 
-STRATEGIES: dict[str, Callable[[list[LoraSite], DevicePool], LoraStrategy]] = {
+class Bordered(Grouped):
+    """Decode steps take h from the border of the base GEMM; prompt chunks, and more ranks than fit, go by kernels.
+
+    The rows of A that a step needs are copied from the pool into the border when its adapters change, so that the
+    GEMM grows with the step's own ranks and not with what is resident.
+    """
+
+    def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
+        super().__init__(linears, pool)
+        capacity = next((tier for tier in TIERS if tier >= pool.num_ranks), TIERS[-1])
+        self._border: Border[Any] = Border(capacity)
+        for linear in linears:
+            linear.add_border(capacity)
+        borders = [linear.weight.data[linear.site.width :] for linear in linears]
+        self._table = CopyTable.of(pool.a, borders, [linear.slices for linear in linears])
+        self._tier = 0
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        return self._border.tiers
+
+    @staticmethod
+    def max_tiles(rows: int, tier: int) -> int:
+        """Most tiles of a decode step of that many rows whose adapters fit the tier."""
+        return max_tiles(rows, tier // PAGE + 1, DECODE_BLOCK_M)
+
+    def tier(self, batch: Batch) -> int | None:
+        ranks = sum(padded(rank) for rank in self._wanted(batch).values())
+        return next((tier for tier in (0, *self.tiers) if tier >= ranks), None)
+
+    def plan(self, batch: Batch) -> LoraStep:
+        if not batch.decodes_only:
+            return super().plan(batch)
+        wanted = self._wanted(batch)
+        placement = self._border.place(wanted)
+        if placement is None:
+            return super().plan(batch)
+        if not placement.tier:
+            return LoraStep()
+        h_start = np.zeros_like(self._pool.rank_start)
+        for key, start in placement.start.items():
+            h_start[key[0]] = start
+        pool = self._pool
+        segments = plan_segments(batch.adapter_slots, pool.rank_start, pool.rank, DECODE_BLOCK_M, h_start)
+        return LoraStep(segments, placement.tier, placement.moves)
+
+    def base_step(self, rows: int, tier: int) -> LoraStep:
+        """A step of rows without adapter that runs at that tier all the same: what graphs are captured with."""
+        none = np.full(rows, -1, dtype=np.int32)
+        zero = np.zeros(1, dtype=np.int32)
+        if not tier:
+            return LoraStep()
+        segments = plan_segments(none, zero, zero, DECODE_BLOCK_M, zero)
+        return LoraStep(segments.pad_to(self.max_tiles(rows, tier)), tier)
+
+    def enter(self, step: LoraStep, segments: Segments | None) -> None:
+        super().enter(step, segments)
+        self._tier = step.tier
+        if step.moves:
+            pool = self._pool
+            targets = [(move.key[0], move.start) for move in step.moves]
+            rows = [(int(pool.rank_start[slot]), start, padded(int(pool.rank[slot]))) for slot, start in targets]
+            moves = torch.tensor(rows, dtype=torch.int32, pin_memory=pool.device.type == "cuda")
+            copy_blocks(self._table, moves.to(pool.device, non_blocking=True))
+
+    def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
+        if not self._tier:
+            return super().project(linear, x)
+        width = linear.site.width
+        end = width + self._tier * linear.slices
+        y = F.linear(x, linear.weight[:end], None if linear.bias is None else linear.bias[:end])
+        assert self._segments is not None
+        return y[:, :width], Delta(y[:, width:], self._pool.b[linear.index], self._segments)
+
+    def _wanted(self, batch: Batch) -> dict[tuple[int, int], int]:
+        """{(slot, generation): rank} of the batch's adapters."""
+        slots = np.unique(batch.adapter_slots)
+        return {(s, int(self._pool.generation[s])): int(self._pool.rank[s]) for s in slots[slots >= 0].tolist()}
+
+
+STRATEGIES: dict[str, Callable[[list[FusedLinear], DevicePool], LoraStrategy]] = {
     "reference": Reference,
     "grouped": Grouped,
+    "bordered": Bordered,
 }
 
 
-def create_strategy(name: str, sites: list[LoraSite], pool: DevicePool | None, device: torch.device) -> LoraStrategy:
-    """One of STRATEGIES by name; `auto` is grouped on CUDA and reference elsewhere. Without a pool LoRA is off."""
+def create_strategy(name: str, linears: list[FusedLinear], pool: DevicePool | None) -> LoraStrategy:
+    """One of STRATEGIES by name; `auto` is bordered on CUDA and grouped elsewhere. Without a pool LoRA is off."""
     if pool is None:
         return NoLora()
     if name == "auto":
-        name = "grouped" if device.type == "cuda" else "reference"
-    return STRATEGIES[name](sites, pool)
+        name = "bordered" if pool.device.type == "cuda" else "grouped"
+    return STRATEGIES[name](linears, pool)
+

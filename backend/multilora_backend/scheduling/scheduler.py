@@ -8,7 +8,7 @@ order give theirs back and are computed again later (preemption by recompute).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,9 +108,15 @@ class Scheduler:
         slots: list[Slot] = []
         preempted: list[Sequence] = []
         # Stable sort: within a class the order of admission stays, so the newest is preempted first.
-        queue = sorted(self.running.values(), key=lambda s: (s.num_tokens - s.num_computed > 1, -s.priority))
+        # A sequence whose last token is on its way is not in it: nothing is left to compute, its pages come back anyway.
+        queue = deque(
+            sorted(
+                (s for s in self.running.values() if not s.complete),
+                key=lambda s: (s.num_tokens - s.num_computed > 1, -s.priority),
+            )
+        )
         while queue and budget > 0:
-            sequence = queue.pop(0)
+            sequence = queue.popleft()
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             while not self.pages.extend(sequence, sequence.num_computed + count):
                 victim = queue.pop() if queue else sequence

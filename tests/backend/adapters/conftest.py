@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from multilora_backend.adapters import layout
 from multilora_backend.core import LoraSite
 
 LAYERS, HIDDEN, MIDDLE, HEADS, KV_HEADS = 2, 32, 40, 4, 2
@@ -32,6 +33,21 @@ def make_llama() -> LlamaForCausalLM:
             num_key_value_heads=KV_HEADS,
         )
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dirty_memory() -> Iterator[None]:
+    """Host memory begins as NaN, so that no test passes because it happened to be zero."""
+    clean = layout._buffer
+
+    def dirty(sizes: list[int], dtype: torch.dtype, pin: bool) -> layout.Buffer:
+        buffer = clean(sizes, dtype, pin)
+        buffer.data.fill_(torch.nan)
+        return buffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "_buffer", dirty)
+        yield
 
 
 @pytest.fixture

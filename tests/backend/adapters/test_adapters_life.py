@@ -21,10 +21,13 @@ RANKS = 32
 
 
 class Life(RuleBasedStateMachine):
-    @initialize(content=st.tuples(*[contents] * len(NAMES)), host_ranks=st.sampled_from([0, 20, 60, 500]))
-    def start(self, content, host_ranks):
+    @initialize(
+        content=st.tuples(*[contents] * len(NAMES)), host_ranks=st.sampled_from([0, 20, 60, 500]), hold=st.booleans()
+    )
+    def start(self, content, host_ranks, hold):
         self.host_bytes = host_ranks * 20
-        self.bench = Bench(dict(zip(NAMES, content, strict=True)), RANKS, host_bytes=self.host_bytes, load_threads=2)
+        contents = dict(zip(NAMES, content, strict=True))
+        self.bench = Bench(contents, RANKS, host_bytes=self.host_bytes, load_threads=2, hold=hold)
         self.manager = self.bench.manager
         self.held: list[tuple[Lease, int]] = []
 
@@ -60,6 +63,15 @@ class Life(RuleBasedStateMachine):
         self.bench.clock.now += seconds
         self.bench.loader.run(count)
 
+    @rule(count=st.integers(1, 3))
+    def transfers_end(self, count):
+        self.bench.arrive(count)
+
+    @rule()
+    def a_transfer_fails(self):
+        if self.bench.held:
+            self.bench.held.pop().error = RuntimeError("the device is odd")
+
     @rule()
     def poll(self):
         failed = self.manager.poll()
@@ -78,15 +90,18 @@ class Life(RuleBasedStateMachine):
         for lease in self.held:
             assert self.bench.state(lease.name) is AdapterState.ACTIVE
             assert (pool.rank_start[lease.slot], pool.rank[lease.slot]) == (lease.rank_start, lease.rank)
-            rows = slice(lease.rank_start, lease.rank_start + lease.rank)
+            assert pool.generation[lease.slot] == lease.generation
+            rows = slice(lease.rank_start, lease.rank_start + padded(lease.rank))
             site = weights_of(lease.name, lease.rank).sites[0]
-            assert torch.equal(pool.a[0][:, rows], site.a)
+            assert torch.equal(pool.a[0][rows], site.a)
             assert torch.equal(pool.b[0][rows], site.b)
 
     @invariant()
     def nothing_overlaps_and_budgets_hold(self):
         pool = self.manager.pool
-        assert (pool.rank > 0).sum() == len(self.manager.resident())
+        moving = len(self.manager._transfers)
+        assert self.manager.transferring == (moving > 0)
+        assert (pool.rank > 0).sum() == len(self.manager.resident()) + moving
         spans = [(int(s), int(s) + padded(int(r))) for s, r in zip(pool.rank_start, pool.rank, strict=True) if r]
         taken = [rank for start, stop in spans for rank in range(start, stop)]
         assert len(taken) == len(set(taken))
@@ -113,6 +128,8 @@ class Life(RuleBasedStateMachine):
                 if state in (AdapterState.ACTIVE, AdapterState.FAILED):
                     break
                 self.bench.land()
+                self.bench.arrive()
+                self.manager.poll()
             content = self.bench.loader.content[name]
             if state is AdapterState.FAILED:
                 try:

@@ -12,6 +12,7 @@ from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.loader import Job, ThreadLoader
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.peft import check_adapter, read_adapter
+from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.errors import MultiloraError
 
@@ -52,10 +53,11 @@ def test_folders_through_threads(save, sites, tmp_path):
         lease = manager.lease(name)
         expected = read_adapter(tmp_path / name, sites, torch.float32)
         assert (lease.version, lease.rank) == (expected.version, expected.rank)
-        rows = slice(lease.rank_start, lease.rank_start + lease.rank)
-        for a, b, site in zip(manager.pool.a, manager.pool.b, expected.sites, strict=True):
-            assert torch.equal(a[:, rows], site.a)
-            assert torch.equal(b[rows], site.b)
+        start, stop = lease.rank_start, lease.rank_start + padded(lease.rank)
+        for site, a, b, laid_out in zip(sites, manager.pool.a, manager.pool.b, expected.sites, strict=True):
+            slices = len(site.modules)
+            assert torch.equal(a[start * slices : stop * slices], laid_out.a)
+            assert torch.equal(b[start:stop], laid_out.b)
     with pytest.raises(
         MultiloraError, match=r"LoRA broken could not be loaded: adapter_model.safetensors: is truncated"
     ):
@@ -98,25 +100,29 @@ def test_loads_overtake_checks_and_no_error_ends_a_thread(tmp_path, loaders):
     def run(folder):
         gate.wait(TIMEOUT_S)
         order.append(folder.name)
-        raise {"os": OSError(5, "Input/output error"), "odd": ZeroDivisionError("x")}.get(
-            folder.name, MultiloraError("", "bad")
-        )
+        raise {
+            "os": OSError(5, "Input/output error"),
+            "memory": RuntimeError("CUDA error: out of memory"),
+            "odd": ZeroDivisionError("x"),
+        }.get(folder.name, MultiloraError("", "bad"))
 
     loader = loaders(run, run, 1, lambda: None)
     for name in ("first", "check1", "check2"):
         loader.submit(Job(name, tmp_path / name, weights=False))
-    for name in ("os", "odd"):
+    for name in ("os", "memory", "odd"):
         loader.submit(Job(name, tmp_path / name, weights=True))
     assert not loader.wait_idle(0.01)
     gate.set()
     assert loader.wait_idle(TIMEOUT_S)
-    assert set(order[:3]) == {"first", "os", "odd"}  # the first may have begun before the loads came
-    assert order[3:] == ["check1", "check2"]
+    assert set(order[:4]) == {"first", "os", "memory", "odd"}  # the first may have begun before the loads came
+    assert order[4:] == ["check1", "check2"]
     outcomes = {outcome.job.name: outcome for outcome in loader.finished()}
     assert outcomes["os"].reason == "cannot be read: Input/output error"
+    assert outcomes["memory"].reason == "cannot be read: CUDA error: out of memory"
     assert outcomes["odd"].reason == "ZeroDivisionError: x"
     # Such causes may pass, so the adapter can be tried again; a refusal stands until the folder changes.
     assert outcomes["os"].fingerprint is None
+    assert outcomes["memory"].fingerprint is None
     assert outcomes["first"].fingerprint is not None
 
 

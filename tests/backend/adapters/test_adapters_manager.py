@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,7 +34,8 @@ def test_from_cold_to_active():
     lease = manager.lease("a")
     assert (lease.name, lease.version, lease.rank) == ("a", "a-r3", 3)
     assert (manager.pool.rank_start[lease.slot], manager.pool.rank[lease.slot]) == (lease.rank_start, 3)
-    assert torch.equal(manager.pool.b[0][lease.rank_start :][:3], weights_of("a", 3).sites[0].b)
+    assert torch.equal(manager.pool.b[0][lease.rank_start :][:8], weights_of("a", 3).sites[0].b)
+    assert not manager.transferring
     assert manager.in_host("a")
     stats = manager.stats()
     assert stats.by_state == {"cold": 0, "loading": 0, "active": 1, "evicting": 0, "failed": 0}
@@ -258,6 +262,91 @@ def test_unknown_and_disabled():
     assert manager.pool is None
     assert manager.poll() == []
     manager.close()
+
+
+def test_active_only_when_the_last_byte_has_arrived():
+    bench = Bench({"a": 8, "b": 8, "c": 8, "d": 8}, hold=True)
+    manager = bench.manager
+    for name in "abc":
+        manager.request(name)
+    bench.land()
+    assert manager.transferring
+    bench.arrive(1)
+    bench.clock.now = 3.0
+    manager.poll()
+    assert list(manager.resident()) == ["a"]
+    assert manager.lease("b") is None
+    assert manager.stats().load_seconds == [3.0]
+    # What is on its way is no victim, and asking again starts nothing.
+    assert manager.request("b") is LOADING
+    assert manager.request("d") is LOADING
+    bench.land()
+    assert manager.request("a") is COLD
+    assert bench.state("b") is bench.state("c") is bench.state("d") is LOADING
+    bench.arrive()
+    assert manager.poll() == []
+    assert not manager.transferring
+    assert set(manager.resident()) == {"b", "c", "d"}
+
+
+def test_host_memory_is_kept_until_it_has_been_copied():
+    bench = Bench({"a": 8}, hold=True, host_bytes=0)
+    bench.manager.request("a")
+    bench.loader.run()
+    weights = weakref.ref(bench.loader.outcomes[0].weights)
+    bench.manager.poll()
+    bench.held[0].now = lambda: None
+    gc.collect()
+    assert weights() is not None
+    bench.arrive()
+    bench.manager.poll()
+    gc.collect()
+    assert weights() is None
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_copy_that_fails_ends_that_load_alone(at_once):
+    bench = Bench({"a": 8, "b": 8, "c": 24}, hold=True)
+    manager = bench.manager
+    manager.request("a")
+    if at_once:
+        write, manager.pool.write = manager.pool.write, Mock(side_effect=RuntimeError("CUDA error: odd"))
+        assert bench.land() == ["a"]
+        manager.pool.write = write
+        manager.request("b")
+        bench.land()
+    else:
+        manager.request("b")
+        bench.land()
+        bench.held.pop(0).error = RuntimeError("CUDA error: odd")
+        assert manager.poll() == ["a"]
+    assert manager.poll() == []
+    with pytest.raises(MultiloraError, match=r"LoRA a could not be loaded: cannot be copied to the device: CUDA error"):
+        manager.check("a")
+    bench.arrive()
+    manager.poll()
+    assert list(manager.resident()) == ["b"]
+    assert (manager.pool.rank > 0).sum() == 1
+    # Its ranks are free again, and it may be tried again.
+    assert manager.request("c") is LOADING
+    bench.land()
+    bench.arrive()
+    manager.poll()
+    assert bench.state("c") is ACTIVE
+    bench.clock.now += 10
+    manager.check("a")
+    assert manager.request("a") is LOADING
+
+
+def test_a_slot_used_again_has_another_generation():
+    bench = Bench({"a": 24, "b": 24})
+    leases = []
+    for name in "aba":
+        bench.activate(name)
+        leases.append(bench.manager.lease(name))
+        bench.manager.release(leases[-1])
+    assert len({lease.slot for lease in leases}) == 1
+    assert len({lease.generation for lease in leases}) == 3
 
 
 def test_no_effect_is_logged(caplog):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.ranks import padded
 from multilora_backend.errors import MultiloraError
 
 EPS = torch.finfo(torch.float32).eps
@@ -59,17 +60,23 @@ def test_delta_equals_pefts(form, save, sites, peft_deltas):
     folder = save(**FORMS[form])
     expected = peft_deltas(folder)
     weights = read_adapter(folder, sites, torch.float32)
-    touched = {part.module for part in weights.parts}
+    plan = check_adapter(folder, sites)
+    touched = {part.module for part in plan.parts}
     assert touched == {name for name, delta in expected.items() if delta.any()}
-    assert weights.rank == max(part.rank for part in weights.parts)
+    assert weights.rank == max(part.rank for part in plan.parts)
     assert not weights.no_effect
     for site, ours in zip(sites, weights.sites, strict=True):
         assert (ours is None) == touched.isdisjoint(site.modules)
         if ours is None:
             continue
-        assert ours.a.shape == (len(site.modules), weights.rank, site.in_features)
-        assert ours.b.shape == (weights.rank, site.width)
-        for a, b, module in zip(ours.a, ours.b.split(site.out_features, dim=1), site.modules, strict=True):
+        slices, size = len(site.modules), padded(weights.rank)
+        assert ours.a.shape == (slices * size, site.in_features)
+        assert ours.b.shape == (size, site.width)
+        assert not ours.a.view(slices, size, -1)[:, weights.rank :].any()
+        assert not ours.b[weights.rank :].any()
+        for a, b, module in zip(
+            ours.a.view(slices, size, -1), ours.b.split(site.out_features, dim=1), site.modules, strict=True
+        ):
             delta = expected[module]
             # A rank-long sum in another order, plus the rounding of PEFT's W + delta that taking W away leaves.
             tolerance = EPS * (weights.rank * (b.abs().T @ a.abs()) + 2 * delta.abs() + 1)
@@ -79,12 +86,13 @@ def test_delta_equals_pefts(form, save, sites, peft_deltas):
 def test_ranks_beyond_a_modules_own_and_slices_without_lora_are_zero(save, sites):
     folder = save(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 7})
     weights = read_adapter(folder, sites, torch.float32)
-    q, k, v = weights.sites[0].a
+    q, k, v = weights.sites[0].a.view(3, 8, -1)
     assert weights.rank == 7
     assert not k.any()
     assert q[:4].all(dim=1).all()
     assert not q[4:].any()
-    assert v.all()
+    assert v[:7].all()
+    assert not v[7:].any()
     assert not weights.sites[0].b[:, 32:48].any()
     assert not weights.sites[0].b[4:, :32].any()
 
@@ -95,7 +103,7 @@ def test_scale_is_folded_before_the_cast(save, sites):
     half = read_adapter(folder, sites, torch.bfloat16)
     assert all(torch.equal(e.b.bfloat16(), h.b) for e, h in zip(exact.sites, half.sites, strict=True))
     assert half.nbytes * 2 == exact.nbytes
-    elements = sum(3 * (len(site.modules) * site.in_features + site.width) for site in sites)
+    elements = sum(8 * (len(site.modules) * site.in_features + site.width) for site in sites)
     assert exact.nbytes == 4 * elements
 
 
@@ -110,8 +118,8 @@ def test_other_dtypes_in_the_file(dtype, save, sites, edit_tensors):
     weights = read_adapter(folder, sites, torch.float32)
     stored = load_file(folder / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.1.mlp.down_proj.lora_"
-    assert torch.equal(weights.sites[7].a[0], stored[prefix + "A.weight"].float())
-    assert torch.equal(weights.sites[7].b, (stored[prefix + "B.weight"].float() * 1.5).T)
+    assert torch.equal(weights.sites[7].a[:4], stored[prefix + "A.weight"].float())
+    assert torch.equal(weights.sites[7].b[:4], (stored[prefix + "B.weight"].float() * 1.5).T)
 
 
 def test_unaligned_tensors_and_default_names(save, sites, edit_tensors):
@@ -154,7 +162,8 @@ def test_check_agrees_with_read_and_reads_no_weights(save, sites):
     folder = save(rank_pattern={"q_proj": 13})
     plan = check_adapter(folder, sites)
     weights = read_adapter(folder, sites, torch.float32)
-    assert (plan.rank, plan.parts, plan.numel * 4) == (13, weights.parts, weights.nbytes)
+    assert plan.rank == weights.rank == 13
+    assert plan.numel * 4 == weights.nbytes
     path = folder / "adapter_model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     assert check_adapter(folder, sites).rank == 13

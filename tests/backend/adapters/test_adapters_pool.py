@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from multilora_backend.adapters import layout
 from multilora_backend.adapters.host import HostCache
-from multilora_backend.adapters.peft import AdapterWeights, read_adapter
+from multilora_backend.adapters.layout import AdapterWeights, Buffer
+from multilora_backend.adapters.peft import read_adapter
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.errors import MultiloraError
 
@@ -19,7 +22,7 @@ def test_budget_becomes_whole_pages(sites):
     pool = DevicePool(sites, 24 * per_rank - 1, torch.float32, "cpu")
     assert (pool.bytes_per_rank, pool.num_ranks, pool.num_slots) == (per_rank, 16, 2)
     assert sum(t.nbytes for t in [*pool.a, *pool.b]) == 16 * per_rank
-    assert [tuple(a.shape) for a in pool.a[:4]] == [(3, 16, 32), (1, 16, 32), (2, 16, 32), (1, 16, 40)]
+    assert [tuple(a.shape) for a in pool.a[:4]] == [(48, 32), (16, 32), (32, 32), (16, 40)]
     assert [tuple(b.shape) for b in pool.b[:4]] == [(16, 64), (16, 32), (16, 80), (16, 32)]
     assert not any(t.any() for t in [*pool.a, *pool.b])
     assert DevicePool(sites, 24 * per_rank, torch.bfloat16, "cpu").num_ranks == 48
@@ -39,31 +42,64 @@ def test_what_can_never_fit_says_what_would(sites):
     assert pool.too_large(17).startswith(f"rank 17 needs adapter_device_bytes of {24 * bytes_per_rank(sites)}")
 
 
-def test_write_leaves_nothing_of_earlier_owners_and_nobody_elses(save, sites):
-    weights = read_adapter(save(r=11, target_modules=["q_proj", "down_proj"]), sites, torch.float32)
+# Every block in a buffer of its own, some blocks together, everything in one; with and without room to stage them.
+@pytest.mark.parametrize(("buffer_bytes", "staging"), [(1, 0), (1, 10**4), (6000, 1500), (6000, 1000), (10**6, 10**5)])
+def test_write_leaves_nothing_of_earlier_owners_and_nobody_elses(save, sites, monkeypatch, buffer_bytes, staging):
+    monkeypatch.setattr(layout, "BUFFER_BYTES", buffer_bytes)
+    folder = save(r=11, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 2})
+    weights = read_adapter(folder, sites, torch.float32)
+    stored = load_file(folder / "adapter_model.safetensors")
     pool = DevicePool(sites, 40 * bytes_per_rank(sites), torch.float32, "cpu")
+    pool._staging = torch.full((staging,), torch.nan)
     for tensor in [*pool.a, *pool.b]:
         tensor.fill_(float("nan"))
-    pool.write(weights, slot=3, rank_start=8)
+    assert pool.write(weights, slot=3, rank_start=8).done()
     assert (pool.rank_start[3], pool.rank[3]) == (8, 11)
     assert pool.rank.sum() == 11
-    for a, b, site in zip(pool.a, pool.b, weights.sites, strict=True):
-        if site is None:
-            assert not a[:, 8:24].any()
-            assert not b[8:24].any()
-        else:
-            assert torch.equal(a[:, 8:19], site.a)
-            assert torch.equal(b[8:19], site.b)
-            assert not a[:, 19:24].any()
-            assert not b[19:24].any()
-        for outside in (a[:, :8], a[:, 24:], b[:8], b[24:]):
+    for site, a, b in zip(sites, pool.a, pool.b, strict=True):
+        slices = len(site.modules)
+        for outside in (a[: 8 * slices], a[24 * slices :], b[:8], b[24:]):
             assert outside.isnan().all()
+        for i, (module, columns) in enumerate(zip(site.modules, b.split(site.out_features, dim=1), strict=True)):
+            lora = f"base_model.model.{module}.lora_"
+            expected_a, expected_b = torch.zeros(16, site.in_features), torch.zeros(16, site.out_features[i])
+            if lora + "A.weight" in stored:
+                rank = len(stored[lora + "A.weight"])
+                expected_a[:rank] = stored[lora + "A.weight"]
+                expected_b[:rank] = stored[lora + "B.weight"].T * (6 / rank)
+            assert torch.equal(a[8 * slices + i * 16 :][:16], expected_a)
+            assert torch.equal(columns[8:24], expected_b)
     pool.clear(3)
     assert not pool.rank.any()
 
 
+def test_generations_differ_even_in_one_slot_and_for_one_adapter(save, sites):
+    weights = read_adapter(save(), sites, torch.float32)
+    pool = DevicePool(sites, 40 * bytes_per_rank(sites), torch.float32, "cpu")
+    seen = set()
+    for slot in (0, 1, 0, 0):
+        pool.write(weights, slot, rank_start=8 * slot)
+        seen.add(int(pool.generation[slot]))
+    assert len(seen) == 4
+
+
+def test_buffers_are_cut_between_tensors_and_hold_them_in_order(sites, monkeypatch):
+    monkeypatch.setattr(layout, "BUFFER_BYTES", 4000)
+    buffers, views = layout.allocate(sites, {0, 3, 6}, 5, torch.float32)
+    assert [view is None for view in views] == [i not in (0, 3, 6) for i in range(len(sites))]
+    for value, tensor in enumerate(t for view in views if view for t in (view.a, view.b)):
+        tensor.fill_(value)
+    content = torch.cat([buffer.data for buffer in buffers])
+    assert (content.diff() >= 0).all()
+    assert len(content) * 4 == sum(buffer.nbytes for buffer in buffers) == 8 * (3 * 32 + 64 + 40 + 32 + 64 + 80) * 4
+    assert all(sum(buffer.sizes) == len(buffer.data) for buffer in buffers)
+    # 8 ranks of 4 bytes, a and b in turn: q/k/v exceeds 4000 bytes with its b, and so on.
+    assert [buffer.nbytes // 32 for buffer in buffers] == [3 * 32, 64 + 40, 32 + 64, 80]
+
+
 def weights_of(version: str, nbytes: int) -> AdapterWeights:
-    return AdapterWeights(version, rank=1, sites=(), nbytes=nbytes, parts=(), no_effect=False)
+    buffer = Buffer(torch.empty(0), sizes=(), nbytes=nbytes)
+    return AdapterWeights(version, rank=1, sites=(), buffers=(buffer,), no_effect=False)
 
 
 def test_host_cache_keeps_the_most_recently_used_within_its_bytes():

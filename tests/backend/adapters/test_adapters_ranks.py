@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora_backend.adapters.ranks import PAGE, Placement, RankAllocator, choose_victims, padded
+from multilora_backend.adapters.ranks import PAGE, Places, RankAllocator, choose_victims, padded
 
 pools = st.integers(1, 12).map(lambda pages: pages * PAGE)
 
@@ -54,7 +54,7 @@ def test_misuse():
 @st.composite
 def crowds(draw):
     num_ranks = draw(pools)
-    placement = Placement(num_ranks)
+    placement = Places(num_ranks)
     names = [f"a{i}" for i in range(12)]
     for name in names:
         placement.claim(name, draw(st.integers(1, 24)))
@@ -95,7 +95,7 @@ def test_victims_are_the_longest_idle_that_make_room(crowd, rank):
 
 
 def test_what_lies_outside_of_the_window_stays():
-    placement = Placement(32)
+    placement = Places(32)
     for name in "abcd":
         placement.claim(name, 8)
     idle = {"a": 1.0, "b": 4.0, "c": 2.0, "d": 3.0}

@@ -43,11 +43,26 @@ def expected(folder: Path) -> dict[str, list[int]]:
     }
 
 
+MODES = [
+    {"lora_strategy": "grouped", "async_scheduling": "off"},
+    {"lora_strategy": "reference", "async_scheduling": "on"},
+    {"lora_strategy": "bordered", "async_scheduling": "on"},
+]
+
+
+@pytest.fixture(autouse=True, params=MODES, ids=lambda mode: "-".join(mode.values()))
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whatever computes LoRA, and with a step launched before the last one's results are read."""
+    monkeypatch.setattr(Driver, "MODE", request.param)
+
+
 class Driver:
     """Submits, steps and collects, as the server does."""
 
+    MODE: dict[str, str] = {}
+
     def __init__(self, folder: Path, **settings) -> None:
-        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
+        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu", **self.MODE}
         self.engine = Engine(Config(**{**defaults, "block_size": 4, **settings}), wake=lambda: None)
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.reasons: dict[tuple[int, int], FinishReason] = {}
@@ -74,7 +89,7 @@ class Driver:
     def run(self) -> Driver:
         deadline = time.monotonic() + 60
         self.step()
-        while self.engine.scheduler.has_work:
+        while not self.engine.idle:
             assert time.monotonic() < deadline
             if not self.step():
                 time.sleep(0.002)  # a load is under way
@@ -158,8 +173,9 @@ def test_nan_in_one_adapter_touches_no_other_row(folder: Path, expected: dict):
         driver.run()
     pool, lease = driver.engine.adapters.pool, driver.engine.adapters.lease("small")
     for a, b in zip(pool.a, pool.b, strict=True):
-        a[:, lease.rank_start : lease.rank_start + lease.rank] = torch.nan
-        b[lease.rank_start : lease.rank_start + lease.rank] = torch.nan
+        slices = len(a) // pool.num_ranks
+        a[lease.rank_start * slices : (lease.rank_start + 8) * slices] = torch.nan
+        b[lease.rank_start : lease.rank_start + 8] = torch.nan
     driver.engine.adapters.release(lease)
     for i, (name, prompt) in enumerate([*PROMPTS.items()] * 3, start=1):
         driver.submit(i, prompt, GREEDY, name)
@@ -283,18 +299,44 @@ def test_a_broken_adapter_fails_its_requests_only(folder: Path, expected: dict, 
 
 def test_a_step_that_dies_ends_its_requests_and_nothing_else(folder: Path, expected: dict):
     driver = Driver(folder)
-    run = driver.engine.runner.run
+    launch = driver.engine.runner.launch
 
     def die(plan):
         raise RuntimeError("out of luck")
 
     driver.submit(0, PROMPTS[""], GREEDY)
-    driver.engine.runner.run = die
+    driver.engine.runner.launch = die
     driver.step()
-    driver.engine.runner.run = run
+    driver.engine.runner.launch = launch
     driver.submit(1, PROMPTS["small"], GREEDY, "small")
     driver.run()
     assert driver.failed[0].message == "the step failed: RuntimeError: out of luck"
+    assert driver.tokens[1, 0] == expected["small"]
+
+
+def test_a_step_whose_results_cannot_be_read_ends_its_requests_and_nothing_else(folder: Path, expected: dict):
+    driver = Driver(folder)
+    launch = driver.engine.runner.launch
+
+    def launch_broken(plan):
+        broken = launch(plan)
+        broken_steps.append(broken)
+        broken.pending.result = die
+        return broken
+
+    def die():
+        raise RuntimeError("out of luck")
+
+    broken_steps: list = []
+    driver.submit(0, PROMPTS[""], GREEDY)
+    driver.engine.runner.launch = launch_broken
+    driver.step()
+    driver.engine.runner.launch = launch
+    driver.submit(1, PROMPTS["small"], GREEDY, "small")
+    driver.run()
+    assert len(broken_steps) == 1
+    assert driver.failed[0].message == "the step failed: RuntimeError: out of luck"
+    assert 0 not in {request_id for request_id, _ in driver.tokens}
     assert driver.tokens[1, 0] == expected["small"]
 
 

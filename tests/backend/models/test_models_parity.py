@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams, Sequence, Slot, StepPlan
 from multilora_backend.errors import MultiloraError
-from multilora_backend.models import context
+from multilora_backend.models import context, fusion
 from multilora_backend.models.attention import TorchAttention
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.layers import Attention
 from multilora_backend.models.linear import FusedLinear
 from multilora_backend.models.loader import LoadedModel, attach_kv_cache, load_model, model_card
 from multilora_backend.models.lora import NoLora
@@ -49,6 +50,33 @@ FAMILIES = {
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 6,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"pad_token_id": 0, "sliding_window": 9},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 
@@ -74,7 +102,8 @@ def logits_of_step(model: LoadedModel, slots: list[Slot]) -> torch.Tensor:
     batch = Batch.from_plan(StepPlan(tuple(slots)), PAGE)
     attention = TorchAttention(PAGE, model.device)
     attention.plan(batch)
-    with torch.inference_mode(), context.step(context.StepContext(attention, NoLora())):
+    step = context.StepContext(attention, NoLora(), torch.from_numpy(batch.write_slots))
+    with torch.inference_mode(), context.step(step):
         return model.module(
             input_ids=torch.from_numpy(batch.token_ids)[None],
             position_ids=torch.from_numpy(batch.positions)[None],
@@ -122,22 +151,30 @@ def test_fusing_makes_four_sites_a_layer(tmp_path: Path):
     assert [f.index for f in sorted(fused, key=lambda f: f.index)] == list(range(8))
 
 
-def test_a_model_that_reorders_its_projections_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the probe is for: k and v swapped by the fusion must not go unnoticed."""
-    from multilora_backend.models import fusion
-
-    monkeypatch.setattr(fusion, "GROUPS", {("q_proj", "v_proj", "k_proj"): "qkv_proj"})
+@pytest.mark.parametrize("wrong", ["activation", "scale", "order"])
+def test_layers_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str):
+    """What the probe is for: arithmetic that is not transformers' own must not go unnoticed."""
     folder = save(tmp_path, "llama")
-    load_model(Config(model=str(folder), device="cpu"))  # another order of the slices is as good,
-    monkeypatch.setattr(fusion, "Follow", lambda lead, part: fusion_follow(lead, 3 - part))
-    with pytest.raises(MultiloraError, match="other logits"):  # but handing out the wrong slice is not
+    load_model(Config(model=str(folder), device="cpu"))
+    if wrong == "activation":
+        monkeypatch.setitem(fusion.ACTIVATIONS, "silu", "gelu_tanh")
+    elif wrong == "scale":
+        original = Attention.__init__
+
+        def init(self, module, qkv, o):
+            module.scaling *= 2
+            original(self, module, qkv, o)
+
+        monkeypatch.setattr(Attention, "__init__", init)
+    else:
+        original_linear = fusion._linear
+
+        def linear(parent, path, names, fused, sites):
+            return original_linear(parent, path, names[::-1], fused, sites)
+
+        monkeypatch.setattr(fusion, "_linear", linear)
+    with pytest.raises(MultiloraError, match="other logits|shape"):
         load_model(Config(model=str(folder), device="cpu"))
-
-
-def fusion_follow(lead, part):
-    from multilora_backend.models.linear import Follow
-
-    return Follow(lead, part)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +182,7 @@ def fusion_follow(lead, part):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
     ],
 )

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder layer that takes the place of transformers' own: same weights, same arithmetic, few launches.
+
+A layer is four GEMMs and, between them, add + norm, rope + KV write, attention, and the gated activation; LoRA of
+q/k/v and gate/up is added inside rope and activation. Each layer ends with the *next* layer's input norm, fused with
+the residual add, so hidden states travel between layers already normed and the residual stream in the step's context.
+`models.loader` compares the result with transformers' own layers at every start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from multilora_backend.models import context
+from multilora_backend.models.linear import FusedLinear
+from multilora_kernels.activation import gated_activation
+from multilora_kernels.rmsnorm import add_rmsnorm
+from multilora_kernels.rope import rope_write
+
+
+class Norm(nn.Module):
+    """RMSNorm of a transformers module: its weight, epsilon and rounding (Gemma multiplies before it rounds)."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.weight = module.weight
+        self.eps = float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
+        self.gemma = "Gemma" in type(module).__name__
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, inner: Norm | None = None) -> Tensor:
+        """Norm of x; with a residual, of residual + x, which is left in `residual`. `inner` norms x first."""
+        return add_rmsnorm(x, residual, self.weight, self.eps, self.gemma, None if inner is None else inner.weight)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer's attention computes; layers with equal specs share a plan."""
+
+    scale: float
+    window: int | None = None
+    """A row sees the last `window` positions, itself included; None: all."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap) (Gemma 2)."""
+
+
+class Attention(nn.Module):
+    """qkv GEMM, rope and KV write, paged attention, o GEMM. `kv_cache` is attached by `models.loader`."""
+
+    kv_cache: Tensor
+    """[pages, 2, page_size, kv_heads, head_dim]"""
+
+    def __init__(self, module: Any, qkv: FusedLinear, o: FusedLinear) -> None:
+        super().__init__()
+        config = module.config
+        self.qkv_proj, self.o_proj = qkv, o
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = module.head_dim
+        # Mistral and Phi-3 have the window in the config, the others, by layer, on the module.
+        window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
+        self.spec = AttentionSpec(float(module.scaling), window, getattr(module, "attn_logit_softcapping", None))
+        self.q_norm = Norm(module.q_norm) if hasattr(module, "q_norm") else None
+        self.k_norm = Norm(module.k_norm) if hasattr(module, "k_norm") else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x `[T, hidden]`, cos and sin `[T, rotary width]` -> `[T, hidden]`."""
+        step = context.current()
+        if self.qkv_proj.slices == 3:
+            qkv, delta = self.qkv_proj(x)
+        else:  # one module for all three (Phi-3): its LoRA knows no q, k and v
+            qkv, delta = self.qkv_proj.complete(x), None
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight}
+            norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
+        q = rope_write(
+            qkv, cos, sin, self.kv_cache, step.write_slots, self.num_heads, self.num_kv_heads, delta=delta, **norms
+        )
+        out = step.attention.run(self.kv_cache, q, self.spec)
+        return self.o_proj.complete(out.view(-1, self.num_heads * self.head_dim))
+
+
+class GatedMlp(nn.Module):
+    """gate/up GEMM, activation, down GEMM."""
+
+    def __init__(self, kind: str, gate_up: FusedLinear, down: FusedLinear) -> None:
+        super().__init__()
+        self.kind = kind
+        self.gate_up_proj, self.down_proj = gate_up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_up_proj.slices == 2:
+            gate_up, delta = self.gate_up_proj(x)
+        else:
+            gate_up, delta = self.gate_up_proj.complete(x), None
+        return self.down_proj.complete(gated_activation(gate_up, self.kind, delta))
+
+
+class DecoderLayer(nn.Module):
+    """Called by transformers' model in place of its own layer, with hidden states `(1, T, hidden)`."""
+
+    def __init__(self, module: Any, attention: Attention, mlp: GatedMlp, next_norm: Any, first: bool) -> None:
+        """`next_norm` is the norm that follows this layer: the next layer's first, or the model's last."""
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.input_norm = Norm(module.input_layernorm) if first else None
+        self.next_norm = Norm(next_norm)
+        # Gemma 2 and 3 norm what a block adds as well as what it reads.
+        sandwich = hasattr(module, "pre_feedforward_layernorm")
+        self.mlp_norm = Norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm)
+        self.attention_out_norm = Norm(module.post_attention_layernorm) if sandwich else None
+        self.mlp_out_norm = Norm(module.post_feedforward_layernorm) if sandwich else None
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
+        """Residual stream in the context, normed hidden states in and out."""
+        step = context.current()
+        x = hidden_states[0]
+        cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+        if self.input_norm is not None:
+            step.residual = x  # fresh from the embedding: nobody else reads it
+            x = self.input_norm(x)
+        x = self.mlp_norm(self.self_attn(x, cos, sin), step.residual, self.attention_out_norm)
+        return self.next_norm(self.mlp(x), step.residual, self.mlp_out_norm)[None]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""act(gate) * up between a fused gate/up linear and the down linear, with the gate's and up's LoRA added on the way.
+
+Base value and LoRA are summed in float32 and rounded once; act(gate) is rounded to the model's dtype before it is
+multiplied, as transformers does. Rows without adapter get the same bits with a delta as without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multilora_kernels._triton import jit, require_layout, tl, triton, use_kernel
+from multilora_kernels.delta import Delta
+from multilora_kernels.grouped_expand import grouped_expand_reference
+from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+
+# Not measured yet. Without LoRA a thread has one 16-byte load of gate and one of up in flight, 32 KiB an SM at full
+# occupancy. With it a program of BLOCK_M 16 and rank 16 has 16 KiB in flight, half of them B.
+BLOCK_N, NUM_WARPS = 1024, 4
+BLOCK_N_DELTA, NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 128, 4, 8
+# From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
+# loop is miscompiled for sm_90 by ptxas before 13.3. Most ranks are one block, which leaves nothing to pipeline.
+NUM_STAGES = 1
+KINDS = ("silu", "gelu_tanh")
+
+
+@jit
+def _activation_kernel(
+    gate_up, out, h, b, order, tiles,
+    width, stride_gate_up, stride_h, stride_b,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = out.dtype.element_ty
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < width
+    if tiles is None:
+        token = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
+        ok = n_ok[None, :]
+    else:
+        tile = tiles + TILE_FIELDS * tl.program_id(1)
+        first_row, end_row, rank_start, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+        if first_row == end_row:
+            return
+        # Both are whole pages: the hint makes the loads of h vectors.
+        h_start = tl.multiple_of(tl.load(tile + 4), RANK_PAGE)
+        h_stride = tl.multiple_of(tl.load(tile + 5), RANK_PAGE)
+        padded = tl.multiple_of((rank + RANK_PAGE - 1) // RANK_PAGE * RANK_PAGE, RANK_PAGE)
+        row = first_row + tl.arange(0, BLOCK_M)
+        row_ok = row < end_row
+        token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
+        ok = row_ok[:, None] & n_ok[None, :]
+
+    gate_at = gate_up + token[:, None] * stride_gate_up + n[None, :]
+    # Converted where they are used: an earlier `.to` is a barrier that waits for them before h and B are asked for.
+    gate = tl.load(gate_at, mask=ok, other=0.0)
+    up = tl.load(gate_at + width, mask=ok, other=0.0)
+    if tiles is not None:
+        h_rows = h + token[:, None] * stride_h + h_start * 2
+        # -0.0, which a literal would not give: added to the base of rows without adapter it changes no bit.
+        gate_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) * -1.0
+        up_sum = gate_sum
+        for first_r in range(0, rank, BLOCK_R):
+            r = first_r + tl.arange(0, BLOCK_R)
+            r_ok = r < rank
+            h_ok = row_ok[:, None] & (r < padded)[None, :]
+            b_ok = r_ok[:, None] & n_ok[None, :]
+            b_at = b + (rank_start + r)[:, None].to(tl.int64) * stride_b + n[None, :]
+            gate_h = tl.load(h_rows + r[None, :], mask=h_ok, other=0.0)
+            up_h = tl.load(h_rows + h_stride + r[None, :], mask=h_ok, other=0.0)
+            gate_b = tl.load(b_at, mask=b_ok, other=0.0)
+            up_b = tl.load(b_at + width, mask=b_ok, other=0.0)
+            # h was read by whole pages: ranks beyond may be NaN, hence a selection and no product with zero. B needs
+            # none, but a tile that goes to shared memory as loaded goes there, and waits, before the next load.
+            gate_h, up_h = tl.where(r_ok[None, :], gate_h, 0.0), tl.where(r_ok[None, :], up_h, 0.0)
+            gate_b, up_b = tl.where(r_ok[:, None], gate_b, 0.0), tl.where(r_ok[:, None], up_b, 0.0)
+            gate_sum = tl.dot(gate_h, gate_b, gate_sum, input_precision="ieee")
+            up_sum = tl.dot(up_h, up_b, up_sum, input_precision="ieee")
+        gate = (gate.to(tl.float32) + gate_sum).to(dtype)
+        up = (up.to(tl.float32) + up_sum).to(dtype)
+
+    gate = gate.to(tl.float32)
+    # Both are gate * sigmoid(z), for (1 + tanh(z / 2)) / 2 is sigmoid(z).
+    if KIND == "silu":
+        z = gate
+    else:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    activated = (gate / (1.0 + tl.exp(-z))).to(dtype).to(tl.float32)
+    tl.store(out + token[:, None] * width + n[None, :], (activated * up.to(tl.float32)).to(dtype), mask=ok)
+
+
+def _launch(
+    gate_up: Tensor,
+    kind: str,
+    h: Tensor | None,
+    b: Tensor | None,
+    order: Tensor | None,
+    tiles: Tensor | None,
+    block_m: int,
+    rank_block: int,
+) -> Tensor:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty((rows, width))
+    if rows == 0:
+        return out
+    if h is None or b is None or tiles is None:
+        require_layout("gated_activation", gate_up.dtype, gate_up=gate_up)
+        grid = (triton.cdiv(width, BLOCK_N), rows)
+        block_n, num_warps, stride_h, stride_b = BLOCK_N, NUM_WARPS, 0, 0
+    else:
+        require_layout("gated_activation", gate_up.dtype, gate_up=gate_up, h=h, b=b)
+        grid = (triton.cdiv(width, BLOCK_N_DELTA), tiles.shape[0])
+        block_n, stride_h, stride_b = BLOCK_N_DELTA, h.stride(0), b.stride(0)
+        num_warps = NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
+    # Without fused multiply-add: two forms of the kernel and torch's separate operators then agree in float32 too.
+    _activation_kernel[grid](
+        gate_up, out, h, b, order, tiles,
+        width, gate_up.stride(0), stride_h, stride_b,
+        KIND=kind, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=rank_block, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
+        num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+torch.library.define(
+    "multilora::gated_activation",
+    "(Tensor gate_up, str kind, Tensor? h, Tensor? b, Tensor? order, Tensor? tiles, int block_m, int rank_block)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("multilora::gated_activation", ("cpu", "cuda"), _launch)
+
+
+@torch.library.register_fake("multilora::gated_activation")
+def _fake(
+    gate_up: Tensor,
+    kind: str,
+    h: Tensor | None,
+    b: Tensor | None,
+    order: Tensor | None,
+    tiles: Tensor | None,
+    block_m: int,
+    rank_block: int,
+) -> Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+
+
+def _check(gate_up: Tensor, kind: str, delta: Delta | None) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"gated_activation: kind must be one of {KINDS}, got {kind!r}")
+    rows, columns = gate_up.shape
+    if columns % 2:
+        raise ValueError(f"gated_activation: gate_up must have an even number of columns, got {columns}")
+    if delta is not None and not (
+        delta.b.shape[1] == columns and rows == delta.h.shape[0] == delta.segments.plan.num_tokens
+    ):
+        raise ValueError(
+            f"gated_activation: gate_up is {rows} x {columns}, but delta has {delta.b.shape[1]} columns in b, "
+            f"{delta.h.shape[0]} rows in h and a plan for {delta.segments.plan.num_tokens} tokens"
+        )
+
+
+def gated_activation(gate_up: Tensor, kind: str, delta: Delta | None = None) -> Tensor:
+    """act(gate) * up, of gate and up with their LoRA if there is a delta. Deterministic.
+
+    Args:
+        gate_up: [T, 2 * I] bf16, fp16 or fp32, rows may be strided; gate's columns first. Not changed.
+        kind: "silu" (Llama, Qwen, Mistral, Phi 3) or "gelu_tanh" (Gemma: gelu_pytorch_tanh).
+        delta: two slices of width I, in gate_up's dtype; None launches the kernel that reads no tiles.
+
+    Returns: [T, I] contiguous. The kernel runs on CUDA (and under Triton's interpreter), else the reference.
+
+    Raises:
+        ValueError: kind is unknown; shapes, dtypes or layouts do not fit.
+    """
+    _check(gate_up, kind, delta)
+    if not use_kernel(gate_up):
+        return gated_activation_reference(gate_up, kind, delta)
+    if delta is None:
+        return torch.ops.multilora.gated_activation.default(gate_up, kind, None, None, None, None, 1, 1)
+    segments = delta.segments
+    plan = segments.plan
+    return torch.ops.multilora.gated_activation.default(
+        gate_up, kind, delta.h, delta.b, segments.order, segments.tiles, plan.block_m, plan.rank_block
+    )
+
+
+def gated_activation_reference(gate_up: Tensor, kind: str, delta: Delta | None = None) -> Tensor:
+    """What gated_activation computes, by the operators that transformers' models use. Any device."""
+    if delta is not None:
+        gate_up = gate_up.clone()
+        width = gate_up.shape[1] // 2
+        grouped_expand_reference(gate_up, delta, (width, width))
+    gate, up = gate_up.chunk(2, dim=1)
+    activated = F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")
+    return activated.mul_(up)
