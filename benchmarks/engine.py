@@ -116,7 +116,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Figures]:
             held = names[: options.resident] if options.resident else names
             pool = device_bytes(workdir.shape, held)
             common |= {"max_loras": options.max_loras}
-        settings = settings_for(workdir.model(), catalogue, pool, **common)
+        settings = settings_for(workdir.model(), catalogue, pool, **common) | report.settings(options)
         if workdir.device == "cpu":
             found[kind] = measure(mixes, settings, options, time.time())
             continue

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -20,25 +21,33 @@ from multilora_backend.core import SamplingParams
 from multilora_backend.protocol import Bye, Failed, Hello, Outputs, Ready, Submit, encoder, engine_decoder
 
 START_TIMEOUT_S = 600.0
+ALIVE_POLL_S = 1.0
 
 
 class EngineSocket:
-    def __init__(self, socket: zmq.Socket[bytes], ready: Ready) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], ready: Ready, process: subprocess.Popen[bytes]) -> None:
         self._socket = socket
+        self._process = process
         self.card = ready.card
 
     def send(self, request_id: int, prompt: list[int], sampling: SamplingParams, adapter: str) -> None:
         self._socket.send(encoder.encode(Submit(request_id, prompt, sampling, adapter)))
 
     def receive(self, timeout_s: float | None = None) -> Outputs | None:
-        """The next tokens; None after `timeout_s`. Raises RuntimeError if a request failed."""
-        while timeout_s is None or self._socket.poll(max(0, int(1e3 * timeout_s))):
-            message = engine_decoder.decode(self._socket.recv())
-            if isinstance(message, Failed):
-                raise RuntimeError(message.message)
-            if isinstance(message, Outputs):
-                return message
-        return None
+        """The next tokens; None after `timeout_s`. Raises RuntimeError if a request failed or the engine died."""
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, min(ALIVE_POLL_S, deadline - time.monotonic()))
+            if self._socket.poll(math.ceil(1e3 * left)):
+                message = engine_decoder.decode(self._socket.recv())
+                if isinstance(message, Failed):
+                    raise RuntimeError(message.message)
+                if isinstance(message, Outputs):
+                    return message
+            elif time.monotonic() >= deadline:
+                return None
+            elif self._process.poll() is not None:
+                raise RuntimeError("the engine process ended; its output says why")
 
     def run(self, traffic: Traffic, prompts: Sequence[list[int]], ignore_eos: bool = True) -> list[Record]:
         """The traffic's requests, `prompts` being their tokens: what comes before the engine is not measured here."""
@@ -79,7 +88,7 @@ def engine_process(config: Config, python: str = sys.executable) -> Iterator[Eng
             ready = engine_decoder.decode(socket.recv())
             if not isinstance(ready, Ready):
                 raise RuntimeError(f"the engine answered {type(ready).__name__}, not Ready")
-            yield EngineSocket(socket, ready)
+            yield EngineSocket(socket, ready, process)
             socket.send(encoder.encode(Bye()))
             process.wait(30)
         finally:

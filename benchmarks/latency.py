@@ -124,7 +124,7 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
     pool = device_bytes(workdir.shape, held)
     if options.load_during and options.load_from == "host":
         more["adapter_host_bytes"] = 2 * device_bytes(workdir.shape, names)
-    settings = settings_for(workdir.model(), workdir.adapters(names), pool, **more)
+    settings = settings_for(workdir.model(), workdir.adapters(names), pool, **more) | report.settings(options)
     if workdir.device == "cuda":
         torch.cuda.empty_cache()  # what making the weights took
     return settings

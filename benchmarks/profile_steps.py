@@ -199,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     catalogue = workdir.adapters(names) if names else None
     pool = device_bytes(workdir.shape, names)
     settings = settings_for(workdir.model(), catalogue, pool, max_num_seqs=options.max_num_seqs)
+    settings |= report.settings(options)
     torch.cuda.empty_cache()  # what making the weights took
     with running(**settings) as (driver, _):
         found = measure(driver, options)

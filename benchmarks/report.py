@@ -35,6 +35,18 @@ def add_common_options(parser: argparse.ArgumentParser, shapes: Sequence[str], d
     workdir = Path(tempfile.gettempdir(), "multilora-benchmarks")
     parser.add_argument("--workdir", type=Path, default=workdir, help="keeps the models and adapters that are made")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a further field of the engine's configuration",
+    )
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """What `--set` says."""
+    return dict(entry.split("=", 1) for entry in options.set)
 
 
 def environment(arguments: Sequence[str]) -> dict[str, Any]:

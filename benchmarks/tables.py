@@ -2,7 +2,8 @@
 """Writes the figures of benchmarks/results/*.json into docs/performance.md: `python benchmarks/tables.py`.
 
 A block `<!-- results: NAME -->` ... `<!-- /results -->` becomes the table of results/NAME.json with its command,
-machine, versions, commit and date below. So no figure in that document is typed by hand, and a test sees to it.
+machine, versions, commit and date below; `<!-- plot: NAME TEXT -->` ... `<!-- /plot -->` becomes docs/NAME.png, if it
+is there. So no figure in those blocks is typed by hand, and a test sees to it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"<!-- results: (?P<name>[\w.-]+) -->\n.*?<!-- /results -->", re.DOTALL)
+PLOT = re.compile(r"<!-- plot: (?P<name>[\w-]+) (?P<text>[^\n]+) -->\n.*?<!-- /plot -->", re.DOTALL)
 KERNELS_SHOWN = 12
 
 Result = dict[str, Any]
 
 
-def fill(document: str, results: Path = RESULTS) -> str:
+def fill(document: str, results: Path = RESULTS, plots: Path = DOCUMENT.parent) -> str:
     """The document with every block made anew."""
 
     def block(match: re.Match[str]) -> str:
@@ -34,7 +36,12 @@ def fill(document: str, results: Path = RESULTS) -> str:
         text = render(json.loads(path.read_text())) if path.exists() else "Not measured."
         return f"<!-- results: {name} -->\n{text}\n<!-- /results -->"
 
-    return BLOCK.sub(block, document)
+    def plot(match: re.Match[str]) -> str:
+        name, text = match["name"], match["text"]
+        image = f"![{text}]({name}.png)\n" if (plots / f"{name}.png").exists() else ""
+        return f"<!-- plot: {name} {text} -->\n{image}<!-- /plot -->"
+
+    return PLOT.sub(plot, BLOCK.sub(block, document))
 
 
 def render(result: Result) -> str:

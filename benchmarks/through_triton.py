@@ -129,15 +129,17 @@ def _served(options: argparse.Namespace) -> Served:
     if options.model:
         folder = options.adapters
         names = sorted(path.name for path in folder.iterdir()) if folder else []
-        settings = {"model": str(options.model), "enable_prefix_caching": False, "max_num_seqs": options.streams}
-        return Served(settings | ({"adapters": str(folder)} if folder else {}), names, None)
+        settings: dict[str, object] = {"model": str(options.model)}
+        settings |= {"enable_prefix_caching": False, "max_num_seqs": options.streams}
+        settings |= {"adapters": str(folder)} if folder else {}
+        return Served(settings | report.settings(options), names, None)
     workdir = Workdir(options.workdir, options.shape, "cuda" if torch.cuda.is_available() else "cpu")
     names = [adapter_name(options.rank, i) for i in range(options.num_adapters)]
     catalogue = workdir.adapters(names) if names else None
     pool = device_bytes(workdir.shape, names)
     settings = settings_for(workdir.model(), catalogue, pool, max_num_seqs=options.streams)
     torch.cuda.empty_cache()  # what making the weights took
-    return Served(settings, names, Prompts(workdir.shape.vocab_size, options.input))
+    return Served(settings | report.settings(options), names, Prompts(workdir.shape.vocab_size, options.input))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 STD = 0.02
 """Of every weight but the norms', transformers' own choice. An adapter's delta is then about 0.3 of a base output."""
+STAGING_BYTES = 16 * 2**20
+"""On CUDA the pool's budget includes the buffer that weights pass through on their way."""
 WRITERS = 8
 """Files written at the same time: one thread copies from the device at about 3 GB/s."""
 
@@ -148,7 +150,8 @@ def rank_and_index(name: str) -> tuple[int, int]:
 
 def device_bytes(shape: Shape, names: Iterable[str]) -> int:
     """An adapter pool that holds these adapters and no more: `adapter_device_bytes`."""
-    return sum(-(-rank_and_index(name)[0] // 8) * 8 * shape.bytes_per_rank for name in set(names))
+    ranks = sum(-(-rank_and_index(name)[0] // 8) * 8 for name in set(names))
+    return ranks * shape.bytes_per_rank + STAGING_BYTES
 
 
 def round_robin(names: Sequence[str], count: int) -> list[str]:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-LoRA kernels: a step's tokens sorted by adapter, then x A^T B at each adapter's own rank.
 
-Imports without Triton-lang and without a GPU; the references then do the work.
+B is added by a kernel of its own or inside the one that reads the linear's output anyway (rope_write,
+gated_activation). Each op runs its kernel on CUDA tensors and its torch reference on all others, so that the package
+imports and works without Triton-lang and without a GPU.
 """
 
 from __future__ import annotations
 
+from multilora_kernels.activation import gated_activation, gated_activation_reference
 from multilora_kernels.copy_blocks import CopyTable, copy_blocks, copy_blocks_reference
 from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand, grouped_expand_reference
 from multilora_kernels.grouped_shrink import grouped_shrink, grouped_shrink_reference
+from multilora_kernels.rmsnorm import add_rmsnorm, add_rmsnorm_reference
+from multilora_kernels.rope import rope_write, rope_write_reference
 from multilora_kernels.segments import (
     NO_ADAPTER,
     SegmentPlan,
@@ -27,9 +32,13 @@ __all__ = [
     "Delta",
     "SegmentPlan",
     "Segments",
+    "add_rmsnorm",
+    "add_rmsnorm_reference",
     "block_m_for",
     "copy_blocks",
     "copy_blocks_reference",
+    "gated_activation",
+    "gated_activation_reference",
     "grouped_expand",
     "grouped_expand_reference",
     "grouped_shrink",
@@ -38,4 +47,6 @@ __all__ = [
     "padded_rank",
     "plan_segments",
     "rank_block_for",
+    "rope_write",
+    "rope_write_reference",
 ]

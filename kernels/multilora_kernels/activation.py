@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora_kernels._triton import jit, require_layout, tl, triton, use_kernel
+from multilora_kernels._triton import jit, require_layout, tl, use_kernel
 from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand_reference
 from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
@@ -107,11 +107,11 @@ def _launch(
         return out
     if h is None or b is None or tiles is None:
         require_layout("gated_activation", gate_up.dtype, gate_up=gate_up)
-        grid = (triton.cdiv(width, BLOCK_N), rows)
+        grid = (-(-width // BLOCK_N), rows)
         block_n, num_warps, stride_h, stride_b = BLOCK_N, NUM_WARPS, 0, 0
     else:
         require_layout("gated_activation", gate_up.dtype, gate_up=gate_up, h=h, b=b)
-        grid = (triton.cdiv(width, BLOCK_N_DELTA), tiles.shape[0])
+        grid = (-(-width // BLOCK_N_DELTA), tiles.shape[0])
         block_n, stride_h, stride_b = BLOCK_N_DELTA, h.stride(0), b.stride(0)
         num_warps = NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
     # Without fused multiply-add: two forms of the kernel and torch's separate operators then agree in float32 too.

@@ -77,7 +77,7 @@ def _copy_kernel(
     words = tl.multiple_of(words, ALIGNMENT // WORD_BYTES)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK_WORDS, words, tl.num_programs(0) * BLOCK_WORDS):
         word = first + tl.arange(0, BLOCK_WORDS)
-        tl.store(target + word, tl.load(source + word, mask=word < words))
+        tl.store(target + word, tl.load(source + word, mask=word < words), mask=word < words)
 
 
 def copy_blocks(table: CopyTable, moves: Tensor) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from multilora_kernels._triton import jit, require_layout, tl, use_kernel
 from multilora_kernels.delta import Delta
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
 
 # Not measured yet (bench_kernels.py --tune). A plain kernel with a tile per adapter took 19.6 us a layer at 256 tokens
 # and 16 adapters of rank 16 on an H200 and read gate_up's B at half of the memory's bandwidth.
 BLOCK_N = 128
-NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 4, 8
+NUM_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. One or two rank blocks leave nothing to pipeline anyway.
 NUM_STAGES = 1
@@ -96,13 +96,12 @@ def _launch(
     require_layout("grouped_expand", y.dtype, y=y, h=h, b=b)
     if tiles.shape[0] == 0:
         return
-    large = block_m >= LARGE_BLOCK_M
     _expand_kernel[(sum(-(-width // BLOCK_N) for width in widths), tiles.shape[0])](
         y, h, b, order, tiles,
         y.stride(0), h.stride(0), b.stride(0),
         WIDTHS=tuple(widths), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_R=rank_block,
         TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=NUM_WARPS_LARGE_M if large else NUM_WARPS_SMALL_M, num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES,
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 An adapter's A of all slices is one block of rows in the pool, so a program takes BLOCK_C of those rows whatever slices
 they belong to: rank 8 with three slices is 24 rows and not three padded blocks, and x is read once where they fit.
 
-A row's result does not depend on the other rows or on its place among them, as long as block_m and BLOCK_C (from the
-number of tiles and the step's largest rank) are the same: they fix the order of the sums over K.
+A row's result does not depend on the other rows or on its place among them, as long as block_m and the rank block (16
+or 32, from the step's largest rank) are the same: they choose the kernel, which fixes the order of the sums over K.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, Segments, padded_
 # NUM_STAGES - 1 times (block_m + BLOCK_C) * BLOCK_K, at most 147 KiB in 16 bits.
 BLOCK_K = {16: 256, 32: 256, 64: 128, 128: 64}
 NUM_STAGES = 4
-NUM_WARPS = 4
+NUM_WARPS = {16: 4, 32: 4, 64: 4, 128: 4}
+# One program for all slices up to here: x is read once, though fewer programs share the work.
 MAX_BLOCK_C = 64
-# Below this many programs each takes fewer rows of A and reads x again: an SM that idles costs more. 132 SMs.
-MIN_PROGRAMS = 128
 
 
 @jit
 def _shrink_kernel(
     x, a, h, order, tiles,
-    k_size, stride_x, stride_a, stride_h,
-    SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    slices, k_size, stride_x, stride_a, stride_h,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile are neighbours in axis 0, so that all but the first find x in L2.
@@ -39,15 +38,15 @@ def _shrink_kernel(
     h_stride = tl.load(tile + 5)
     padded = (rank + RANK_PAGE - 1) // RANK_PAGE * RANK_PAGE
     first_c = tl.program_id(0) * BLOCK_C
-    if first_c < SLICES * padded:
+    if first_c < slices * padded:
         row = first_row + tl.arange(0, BLOCK_M)
         row_ok = row < end_row
         token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
         c = first_c + tl.arange(0, BLOCK_C)
         # Rows of A behind the adapter's own block may be another's NaN: they are not read.
-        c_ok = c < SLICES * padded
+        c_ok = c < slices * padded
         x_rows = x + token[:, None] * stride_x
-        a_rows = a + (rank_start * SLICES + c)[None, :].to(tl.int64) * stride_a
+        a_rows = a + (rank_start * slices + c)[None, :].to(tl.int64) * stride_a
         acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
         for k in range(0, k_size, BLOCK_K):
             kk = k + tl.arange(0, BLOCK_K)
@@ -60,30 +59,29 @@ def _shrink_kernel(
         tl.store(h_at, acc.to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
-def block_c_for(columns: int, num_tiles: int) -> int:
-    """Rows of A that one program takes, of the `columns` (slices times padded rank) of the step's largest adapter."""
+def block_c_for(slices: int, rank_block: int) -> int:
+    """Rows of A that one program takes. Not of the step's size: every value is a kernel that has to be compiled."""
     block = 16
-    while block < min(columns, MAX_BLOCK_C) and num_tiles * -(-columns // (2 * block)) >= MIN_PROGRAMS:
+    while block < min(slices * rank_block, MAX_BLOCK_C):
         block *= 2
     return block
 
 
 def _launch(
-    x: Tensor, a: Tensor, slices: int, order: Tensor, tiles: Tensor, block_m: int, max_rank: int, ranks: int
+    x: Tensor, a: Tensor, slices: int, order: Tensor, tiles: Tensor, block_m: int, rank_block: int, ranks: int
 ) -> Tensor:
     require_layout("grouped_shrink", x.dtype, x=x, a=a)
-    num_tiles, columns = tiles.shape[0], slices * padded_rank(max_rank)
-    h = x.new_empty(x.shape[0], slices * ranks)
+    num_tiles, columns = tiles.shape[0], slices * ranks
+    h = x.new_empty(x.shape[0], columns)
     if columns == 0 or num_tiles == 0:
         return h
-    block_c = block_c_for(columns, num_tiles)
+    block_c = block_c_for(slices, rank_block)
     _shrink_kernel[(-(-columns // block_c), num_tiles)](
         x, a, h, order, tiles,
-        x.shape[1], x.stride(0), a.stride(0), h.stride(0),
-        SLICES=slices, BLOCK_M=block_m, BLOCK_C=block_c,
-        BLOCK_K=BLOCK_K[block_m] * 2 // x.element_size(),
+        slices, x.shape[1], x.stride(0), a.stride(0), columns,
+        BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=BLOCK_K[block_m] * 2 // x.element_size(),
         TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES,
     )  # fmt: skip
     return h
 
@@ -91,7 +89,7 @@ def _launch(
 # define/impl and not torch.library.custom_op: 1.6 us a call on the host against 8 us, four times per layer and step.
 torch.library.define(
     "multilora::grouped_shrink",
-    "(Tensor x, Tensor a, int slices, Tensor order, Tensor tiles, int block_m, int max_rank, int ranks) -> Tensor",
+    "(Tensor x, Tensor a, int slices, Tensor order, Tensor tiles, int block_m, int rank_block, int ranks) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::grouped_shrink", ("cpu", "cuda"), _launch)
@@ -99,7 +97,7 @@ torch.library.impl("multilora::grouped_shrink", ("cpu", "cuda"), _launch)
 
 @torch.library.register_fake("multilora::grouped_shrink")
 def _fake(
-    x: Tensor, a: Tensor, slices: int, order: Tensor, tiles: Tensor, block_m: int, max_rank: int, ranks: int
+    x: Tensor, a: Tensor, slices: int, order: Tensor, tiles: Tensor, block_m: int, rank_block: int, ranks: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], slices * ranks)
 
@@ -135,7 +133,7 @@ def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments) -> Ten
         return grouped_shrink_reference(x, a, slices, segments)
     plan = segments.plan
     return torch.ops.multilora.grouped_shrink.default(
-        x, a, slices, segments.order, segments.tiles, plan.block_m, plan.max_rank, plan.h_ranks
+        x, a, slices, segments.order, segments.tiles, plan.block_m, plan.rank_block, plan.h_ranks
     )
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multilora_kernels._triton import jit, require_layout, tl, triton, use_kernel
+from multilora_kernels._triton import jit, require_layout, tl, use_kernel
 
-# Not tuned on a GPU yet. A program holds one row in registers: at 4,096 columns 8 warps have 16 values a thread, two
+# Not measured yet. A program holds one row in registers: at 4,096 columns 8 warps have 16 values a thread, two
 # 16-byte loads from x and two from the residual, all of them in flight before the first sum.
 VALUES_PER_WARP = 512
 MAX_WARPS = 16
@@ -54,6 +54,10 @@ def _rmsnorm_kernel(
     tl.store(out + row * N + n, scale_rows(values, inverse_rms, scale, GEMMA, dtype), mask=n_ok)
 
 
+def warps_for(block_n: int) -> int:
+    return min(max(block_n // VALUES_PER_WARP, 1), MAX_WARPS)
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, gemma: bool, inner_weight: Tensor | None
 ) -> Tensor:
@@ -68,10 +72,10 @@ def _launch(
         )
     out = x.new_empty((rows, n))
     if rows:
-        block_n = triton.next_power_of_2(n)
+        block_n = 1 << (n - 1).bit_length()
         _rmsnorm_kernel[(rows,)](
             x, residual, weight, inner_weight, out, x.stride(0), eps, N=n, BLOCK_N=block_n, GEMMA=gemma,
-            num_warps=min(max(block_n // VALUES_PER_WARP, 1), MAX_WARPS),
+            num_warps=warps_for(block_n),
         )  # fmt: skip
     return out
 
@@ -112,6 +116,9 @@ def add_rmsnorm(
     Returns: [T, N] contiguous, x's dtype. Equals transformers' LlamaRMSNorm and Gemma3RMSNorm but for the order of the
     sum of squares. The kernel runs on CUDA, the torch reference elsewhere.
     """
+    for name, vector in (("weight", weight), ("inner_weight", inner_weight)):
+        if vector is not None and vector.shape != x.shape[1:]:
+            raise ValueError(f"add_rmsnorm: {name} must be {list(x.shape[1:])}, got {list(vector.shape)}")
     if use_kernel(x):
         return torch.ops.multilora.add_rmsnorm.default(x, residual, weight, eps, gemma, inner_weight)
     return add_rmsnorm_reference(x, residual, weight, eps, gemma, inner_weight)

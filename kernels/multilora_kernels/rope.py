@@ -9,6 +9,8 @@ same bits with a delta as without.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -150,6 +152,17 @@ def _rope_kernel(
         tl.store(out_rows + j[None, :], rest, mask=rest_ok)
 
 
+@cache
+def blocks_for(num_heads: int, num_kv_heads: int, d: int, rotary: int, with_delta: bool) -> tuple[int, dict[str, int]]:
+    """(groups of heads, the kernel's blocks), once per model: Triton's own helpers take 1.5 us a call."""
+    heads = 1 if with_delta else max(1, VALUES_PER_PROGRAM // triton.next_power_of_2(d))
+    groups = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    # tl.dot needs 16 columns.
+    half, rest = (triton.next_power_of_2(width) for width in (rotary // 2, d - rotary))
+    smallest = 16 if with_delta else 1
+    return groups, {"BLOCK_HEADS": heads, "BLOCK_HALF": max(half, smallest), "BLOCK_REST": max(rest, smallest)}
+
+
 def _launch(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, num_heads: int, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, gemma: bool, h: Tensor | None, b: Tensor | None, order: Tensor | None, tiles:
@@ -162,23 +175,18 @@ def _launch(
         return q
     if h is None or b is None or tiles is None:
         require_layout("rope_write", qkv.dtype, qkv=qkv, cos=cos, sin=sin, kv_cache=kv_cache)
-        block_heads, smallest, num_warps = max(1, VALUES_PER_PROGRAM // triton.next_power_of_2(d)), 1, NUM_WARPS
-        parts, stride_h, stride_b = rows, 0, 0
+        parts, num_warps, stride_h, stride_b = rows, NUM_WARPS, 0, 0
     else:
         require_layout("rope_write", qkv.dtype, qkv=qkv, cos=cos, sin=sin, kv_cache=kv_cache, h=h, b=b)
-        # tl.dot needs 16 columns.
-        block_heads, smallest = 1, 16
-        num_warps = NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
         parts, stride_h, stride_b = tiles.shape[0], h.stride(0), b.stride(0)
-    groups = triton.cdiv(num_heads, block_heads) + 2 * triton.cdiv(num_kv_heads, block_heads)
+        num_warps = NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
+    groups, blocks = blocks_for(num_heads, num_kv_heads, d, rotary, with_delta=h is not None)
     # Without fused multiply-add: two forms of the kernel and torch's separate operators then agree in float32 too.
     _rope_kernel[(groups, parts)](
         qkv, cos, sin, q, kv_cache, slots, q_norm, k_norm, h, b, order, tiles,
         qkv.stride(0), kv_cache.stride(0), stride_h, stride_b, eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, D=d, R=rotary, GEMMA=gemma,
-        BLOCK_HEADS=block_heads, BLOCK_M=block_m, BLOCK_R=rank_block,
-        BLOCK_HALF=max(smallest, triton.next_power_of_2(rotary // 2)),
-        BLOCK_REST=max(smallest, triton.next_power_of_2(d - rotary)),
+        BLOCK_M=block_m, BLOCK_R=rank_block, **blocks,
         TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
         num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
     )  # fmt: skip
@@ -233,6 +241,8 @@ def _check(
         raise ValueError(f"rope_write: slots must be [{rows}], got {list(slots.shape)}")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_write: q_norm and k_norm must be given both or not at all")
+    if q_norm is not None and k_norm is not None and not q_norm.shape == k_norm.shape == (d,):
+        raise ValueError(f"rope_write: q_norm and k_norm must be [{d}], got {list(q_norm.shape)}, {list(k_norm.shape)}")
     if delta is not None and not (
         delta.b.shape[1] == columns and rows == delta.h.shape[0] == delta.segments.plan.num_tokens
     ):

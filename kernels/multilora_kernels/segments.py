@@ -139,8 +139,9 @@ class SegmentPlan:
 class Segments:
     """A plan and its tensors on a device; shapes as in SegmentPlan.
 
-    Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink also max_rank). The tensors may be
-    views of a static buffer that is overwritten from step to step, as long as those numbers stay true.
+    Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink also h_ranks). The tensors may be
+    views of a static buffer that is overwritten from step to step, as long as those numbers stay true. References read
+    order, and else the plan.
     """
 
     plan: SegmentPlan

@@ -27,7 +27,7 @@ ALLOWED = {  # package -> our packages that it may import
     "adapters": {*BASE},
     "scheduling": {*BASE, "adapters"},
     "models": {*BASE, "adapters", "scheduling", "multilora_kernels"},
-    "engine": {*BASE, "adapters", "scheduling", "models", "processes"},
+    "engine": {*BASE, "adapters", "scheduling", "models", "processes", "multilora_kernels"},
     "tritonserver": {"errors"},
     "launch_arguments": {"errors", "config"},
     "launcher": {"errors", "config", "tritonserver", "launch_arguments"},

@@ -25,14 +25,13 @@ def check_against_fp64(h: torch.Tensor, case, segments) -> None:
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize("k", [37, 100, 700])
-@pytest.mark.parametrize("block_c", [16, 64])
+@pytest.mark.parametrize(("k", "block_c"), [(37, 64), (100, 16), (700, 64)])
 def test_kernel(batch, target, make_case, monkeypatch, block_m, k, block_c):
     rows, ranks = batch
     case = make_case(rows, target, ranks=ranks, k=k)
     segments = case.segments(block_m)
     module = importlib.import_module(block_c_for.__module__)  # the package has the function under this name
-    monkeypatch.setattr(module, "block_c_for", lambda columns, num_tiles: block_c)
+    monkeypatch.setattr(module, "block_c_for", lambda slices, rank_block: block_c)
     check_against_fp64(grouped_shrink(case.x, case.a, case.slices, segments), case, segments)
 
 
@@ -55,7 +54,7 @@ def test_h_is_as_wide_as_a_graphs_largest_rank_when_its_plan_says_so(target, mak
     captured, step = case.segments(16), few.segments(16)
     assert step.plan.h_ranks < captured.plan.h_ranks
     op = torch.ops.multilora.grouped_shrink
-    h = op(few.x, few.a, 3, step.order, step.tiles, 16, captured.plan.max_rank, captured.plan.h_ranks)
+    h = op(few.x, few.a, 3, step.order, step.tiles, 16, captured.plan.rank_block, captured.plan.h_ranks)
     assert h.shape[1] == 3 * captured.plan.h_ranks
     exact = few.a_of(0).double() @ few.x[0].double()
     own = h[0, : 3 * step.plan.h_ranks].view(3, -1)[:, :3].double()
@@ -69,11 +68,9 @@ def test_reference(batch, make_case, reference_target):
     check_against_fp64(grouped_shrink_reference(case.x, case.a, case.slices, segments), case, segments)
 
 
-def test_programs_take_more_of_a_once_there_are_enough_tiles():
-    assert block_c_for(columns=48, num_tiles=1) == 16
-    assert block_c_for(columns=48, num_tiles=64) == 32
-    assert block_c_for(columns=48, num_tiles=500) == 64
-    assert block_c_for(columns=8, num_tiles=500) == 16
+def test_a_program_takes_all_slices_of_a_rank_block_up_to_a_limit():
+    assert [block_c_for(slices, 16) for slices in (1, 2, 3)] == [16, 32, 64]
+    assert [block_c_for(slices, 32) for slices in (1, 2, 3)] == [32, 64, 64]
 
 
 def test_shapes_that_do_not_fit_are_refused():

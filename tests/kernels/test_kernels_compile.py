@@ -49,7 +49,7 @@ TILE = {"TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE}
 @pytest.mark.parametrize("block_c", [16, 64])
 def test_shrink_reads_wide_and_in_stages(block_m, block_c):
     pointers = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "order": "*i32", "tiles": "*i32"}
-    constants = {"SLICES": 3, "BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": BLOCK_K[block_m], **TILE}
+    constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": BLOCK_K[block_m], **TILE}
     ptx = ptx_for_sm90(_shrink_kernel, pointers, constants, num_warps=4, num_stages=NUM_STAGES)
     check_no_atomics(ptx)
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)

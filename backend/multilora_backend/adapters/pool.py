@@ -145,7 +145,7 @@ class DevicePool:
             torch._foreach_zero_(untouched)
 
     def _cut_blocks(self, rank_start: int, ranks: int) -> list[tuple[Tensor, Tensor]]:
-        """Where an adapter's a and b lie, for every site. Cached, as it takes 1 ms for the 128 sites of an 8B model."""
+        """Where an adapter's a and b lie, for every site. Cached: 0.4 ms for the 128 sites of an 8B model."""
         blocks = []
         for flat in self._flat:
             width = len(flat) // self.num_ranks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multilora_backend.core import Sequence
-from multilora_backend.engine.staging import Batch
+from multilora_backend.engine.staging import Copies
 
 FIRST_ROWS = 8
 
@@ -40,7 +40,7 @@ class Penalties:
         if row is not None:
             self._free.append(row.index)
 
-    def rows_of(self, sequences: list[Sequence], batch: Batch) -> list[int]:
+    def rows_of(self, sequences: list[Sequence], copies: Copies) -> list[int]:
         """Each sequence's row, which holds all of its output. Makes rows that are missing from the token ids.
 
         Raises RuntimeError if such a sequence has a token that only the device knows.
@@ -53,7 +53,7 @@ class Penalties:
                     "on the host: a penalty cannot be computed"
                 )
         if missing:
-            self._build(missing, batch)
+            self._build(missing, copies)
         return [self._rows[s].index for s in sequences]
 
     def apply(self, logits: Tensor, rows: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Penalties:
         row = self._rows.get(sequence)
         return row is not None and row.counted == sequence.num_output_tokens
 
-    def _build(self, sequences: list[Sequence], batch: Batch) -> None:
+    def _build(self, sequences: list[Sequence], copies: Copies) -> None:
         vocab = self._said.shape[1]
         places, values = [], []
         for sequence in sequences:
@@ -97,7 +97,7 @@ class Penalties:
             places.append(place + row.index * vocab)
             values.append(said[place])
         rows = np.array([self._rows[s].index for s in sequences], np.int64)
-        new = batch.upload({"rows": rows, "places": np.concatenate(places), "values": np.concatenate(values)})
+        new = copies.upload({"rows": rows, "places": np.concatenate(places), "values": np.concatenate(values)})
         self._said.index_fill_(0, new["rows"], 0)
         self._said.view(-1).index_copy_(0, new["places"], new["values"])
 

@@ -71,7 +71,7 @@ class ModelRunner:
         slots = [plan.slots[i] for i in batch.sample_slots]
         self._inputs.wait()
         graph = None
-        if self.graphs is not None and batch.decodes_only:
+        if self.graphs is not None and batch.one_row_each and len(slots) == batch.num_rows:
             graph = self.graphs.find(batch.num_rows, self._lora.tier(batch))
         if graph is not None:
             batch = batch.padded(graph.rows)
@@ -121,9 +121,10 @@ class ModelRunner:
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
             for step in steps:
-                self._run_idle(rows, step)
+                logits = self._run_idle(rows, step)
+        self.sampler.warm_up(logits)
 
-    def _run_idle(self, rows: int, step: LoraStep) -> None:
+    def _run_idle(self, rows: int, step: LoraStep) -> Tensor:
         """A step of one slot whose pages are all the trash page."""
         batch = Batch.idle(rows, self._page_size)
         self._inputs.wait()
@@ -131,7 +132,7 @@ class ModelRunner:
         self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
         self._attention.plan(batch)
         self._inputs.planned()
-        self.forward(self._attention, rows, 1)
+        return self.forward(self._attention, rows, 1)
 
 
 def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy) -> ModelRunner:
@@ -141,7 +142,9 @@ def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy) -> Mod
         max_rows=rows,
         max_slots=config.max_num_seqs,
         max_tiles=max_tiles(rows, config.max_num_seqs + 1, 16),
-        max_pages=max(config.max_num_seqs * -(-model.max_model_len // config.block_size), rows // config.block_size + 1),
+        max_pages=max(
+            config.max_num_seqs * -(-model.max_model_len // config.block_size), rows // config.block_size + 1
+        ),
         device=model.device,
     )
     attention = create_attention(attention_modules(model.module), config.block_size, model.dtype, inputs)

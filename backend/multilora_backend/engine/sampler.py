@@ -18,7 +18,7 @@ from torch import Tensor
 
 from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.engine.penalties import Penalties
-from multilora_backend.engine.staging import Batch, Staging
+from multilora_backend.engine.staging import Copies, Staging
 from multilora_backend.protocol import TokenLogprob
 from multilora_kernels.draw import draw
 from multilora_kernels.truncate import truncate
@@ -54,8 +54,8 @@ class Sampler:
         """
         if logits.shape != (len(sequences), self._vocab_size):
             raise ValueError(f"logits {tuple(logits.shape)}, expected {(len(sequences), self._vocab_size)}")
-        batch, wants = Batch(self._staging), _Wants(sequences)
-        given = batch.upload(self._parameters(sequences, wants, batch))
+        copies, wants = Copies(self._staging), _Wants(sequences)
+        given = copies.upload(self._parameters(sequences, wants, copies))
         token_ids = self._draw(self._adjust(logits, wants, given), wants, given)
         if wants.penalties:
             drawn = token_ids.index_select(0, given["penalised"])
@@ -65,7 +65,7 @@ class Sampler:
             most = max(sequences[i].sampling.logprobs or 0 for i in wants.logprobs)
             at = given["reported"]
             results += _logprobs(logits.index_select(0, at), token_ids.index_select(0, at), most)
-        return Pending(token_ids, batch, batch.download(*results), [s.sampling.logprobs for s in sequences])
+        return Pending(token_ids, copies, copies.download(*results), [s.sampling.logprobs for s in sequences])
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended: what the sampler keeps of it goes. Most have nothing here."""
@@ -83,13 +83,13 @@ class Sampler:
                 for sequence in sequences:
                     self.forget(sequence)
 
-    def _parameters(self, sequences: list[Sequence], wants: _Wants, batch: Batch) -> dict[str, NDArray[Any]]:
+    def _parameters(self, sequences: list[Sequence], wants: _Wants, copies: Copies) -> dict[str, NDArray[Any]]:
         """What the device must know, by name: nothing for a greedy batch."""
         given: dict[str, NDArray[Any]] = {}
         if wants.penalties:
             penalised = [sequences[i] for i in wants.penalties]
             given["penalised"] = np.array(wants.penalties, np.int64)
-            given["said"] = np.array(self._penalties.rows_of(penalised, batch), np.int64)
+            given["said"] = np.array(self._penalties.rows_of(penalised, copies), np.int64)
             for name in ("repetition", "presence", "frequency"):
                 given[name] = _column(penalised, f"{name}_penalty")
         if wants.biases:
@@ -146,10 +146,10 @@ class Sampler:
 class Pending:
     """Tokens that are being drawn."""
 
-    def __init__(self, token_ids: Tensor, batch: Batch, host: list[Tensor], logprobs: list[int | None]) -> None:
+    def __init__(self, token_ids: Tensor, copies: Copies, host: list[Tensor], logprobs: list[int | None]) -> None:
         self.token_ids = token_ids
         """[B] int32 on the device, valid in stream order."""
-        self._batch = batch
+        self._copies = copies
         self._host = host
         self._logprobs = logprobs
         self._sampled: list[Sampled] | None = None
@@ -157,9 +157,9 @@ class Pending:
     def result(self) -> list[Sampled]:
         """Waits until the tokens are on the host."""
         if self._sampled is None:
-            self._batch.wait()
+            self._copies.wait()
             self._sampled = self._read()
-            self._batch.release()
+            self._copies.release()
         return self._sampled
 
     def _read(self) -> list[Sampled]:
@@ -221,7 +221,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> list[Tensor]:
     x = logits.float()
     total = x.logsumexp(-1, keepdim=True)
     chosen = x.gather(1, tokens[:, None].long())
-    top = x.topk(most)
+    top = x.topk(min(most, x.shape[1]))
     return [(chosen - total)[:, 0], (x > chosen).sum(-1) + 1, top.indices, top.values - total]
 
 

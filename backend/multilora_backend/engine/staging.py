@@ -34,7 +34,7 @@ class HostBuffer:
 
 
 class Staging:
-    """One thread's copies on its current stream. `Batch` is one launch's share of it."""
+    """One thread's copies on its current stream. `Copies` is one launch's share of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,7 +51,7 @@ class Staging:
         self._free[len(buffer.array)].append(buffer)
 
 
-class Batch:
+class Copies:
     """The copies of one launch. Its buffers go back to the pool in `wait`, or to the garbage if nobody waits."""
 
     def __init__(self, staging: Staging) -> None:

@@ -48,9 +48,9 @@ class Batch:
         return len(self.token_ids)
 
     @property
-    def decodes_only(self) -> bool:
-        """Every slot is one row that samples."""
-        return len(self.sample_rows) == len(self.token_ids)
+    def one_row_each(self) -> bool:
+        """Every slot is one row: a decode step, padded or not."""
+        return len(self.context_lens) == len(self.token_ids)
 
     @classmethod
     def from_plan(

@@ -117,7 +117,9 @@ def create_attention(
     if device.type == "cuda":
         head_dim = next(iter(layers)).head_dim
         if head_dim not in HEAD_DIMS or dtype == torch.float32:
-            log.warning("attention runs in torch, slowly: FlashInfer has no kernel for head_dim %d, %s", head_dim, dtype)
+            log.warning(
+                "attention runs in torch, slowly: FlashInfer has no kernel for head_dim %d, %s", head_dim, dtype
+            )
         else:
             try:
                 return FlashInferAttention(layers, page_size, dtype, inputs)

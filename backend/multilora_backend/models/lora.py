@@ -162,7 +162,7 @@ class Bordered(Grouped):
         return next((tier for tier in (0, *self.tiers) if tier >= ranks), None)
 
     def plan(self, batch: Batch) -> LoraStep:
-        if not batch.decodes_only:
+        if not batch.one_row_each:
             return super().plan(batch)
         wanted = self._wanted(batch)
         placement = self._border.place(wanted)
@@ -225,4 +225,3 @@ def create_strategy(name: str, linears: list[FusedLinear], pool: DevicePool | No
     if name == "auto":
         name = "bordered" if pool.device.type == "cuda" else "grouped"
     return STRATEGIES[name](linears, pool)
-

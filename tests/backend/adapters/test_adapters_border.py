@@ -29,6 +29,8 @@ class Columns:
 
     def copy(self, move: Move[int]) -> None:
         size = padded(self.ranks[move.key])
+        # What it leaves behind is still its own, but a border remembers one place for each.
+        self.owner = [None if own is not None and own[0] == move.key else own for own in self.owner]
         self.owner[move.start : move.start + size] = [(move.key, j) for j in range(size)]
 
     def intact(self, key: int, tier: int) -> bool:
@@ -73,15 +75,15 @@ def test_every_wanted_adapter_is_whole_and_the_tier_the_smallest(ranks, steps):
 
 
 def test_what_is_not_wanted_stays_and_the_longest_unused_goes_first():
-    border: Border[str] = Border(64, (32, 64))
-    assert border.place({"a": 16, "b": 16}).moves == (Move("a", 0), Move("b", 16))
-    border.place({"b": 16})
-    assert border.place({"b": 16, "c": 9}).moves == (Move("c", 0),)
-    assert border.place({"b": 16, "c": 9}).moves == ()
-    border.place({"c": 9})
-    assert border.place({"d": 10, "c": 9}).moves == (Move("d", 16),)
-    assert border.place({"c": 9}).tier == 32
-    assert border.place({"d": 10}).moves == ()
+    border: Border[str] = Border(64, (64,))
+    assert border.place({"a": 16, "b": 16, "c": 16}).start == {"a": 0, "b": 16, "c": 32}
+    for key in "bca":
+        assert border.place({key: 16}).moves == ()
+    # 48.. is free; then b is the one unused for longest, then c.
+    for key, start in [("d", 48), ("e", 16), ("f", 32)]:
+        assert border.place({key: 9, "a": 16}).moves == (Move(key, start),)
+    assert border.place({"e": 9, "f": 9, "a": 16, "d": 9}).moves == ()
+    assert border.place({"b": 16, "c": 16, "e": 9, "f": 9}).moves == (Move("b", 0), Move("c", 48))
 
 
 def test_a_smaller_tier_is_worth_moving_for():

@@ -273,6 +273,16 @@ def test_a_row_used_again_remembers_nothing():
     assert {s.token_id for s in one.launch(logits.expand(8, -1), fresh).result()} == {1}
 
 
+def test_counts_outlive_the_arrival_of_more_sequences():
+    one, logits = sampler(), torch.tensor([0.0, 4.0, 3.0, 2.5, 0.0, 0.0])
+    first = [seq(temperature=0.0, presence_penalty=2.0) for _ in range(3)]
+    assert {s.token_id for s in one.launch(logits.expand(3, -1), first).result()} == {1}
+    for sequence in first:
+        sequence.token_ids.append(-1)
+    more = [*first, *(seq(temperature=0.0, presence_penalty=2.0, output=[1, 2]) for _ in range(30))]
+    assert [s.token_id for s in one.launch(logits.expand(33, -1), more).result()] == [2] * 3 + [3] * 30
+
+
 def test_logits_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match="expected"):
         sampler().launch(LOGITS[None], [seq(), seq()])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A search for the constants at the top of each kernel's file: one constant at a time, from what they are."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernel_cases import Case
+
+BLOCK_M = "block_m"
+"""Of the plan, not of a file: all kernels of a step share it."""
+CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+    "grouped_shrink": {
+        BLOCK_M: (16, 32, 64),
+        "MAX_BLOCK_C": (16, 32, 64, 128),
+        "BLOCK_K": (64, 128, 256, 512),
+        "NUM_STAGES": (3, 4, 5),
+        "NUM_WARPS": (2, 4, 8),
+    },
+    "grouped_expand": {
+        BLOCK_M: (16, 32, 64),
+        "BLOCK_N": (64, 128, 256, 512),
+        "NUM_WARPS": (2, 4, 8),
+    },
+    "gated_activation": {
+        BLOCK_M: (16, 32, 64),
+        "BLOCK_N_DELTA": (64, 128, 256),
+        "NUM_WARPS_SMALL_M NUM_WARPS_LARGE_M": (2, 4, 8),
+    },
+    "rope_write": {
+        BLOCK_M: (16, 32, 64),
+        "NUM_WARPS_SMALL_M NUM_WARPS_LARGE_M": (2, 4, 8),
+    },
+    "add_rmsnorm": {"VALUES_PER_WARP": (128, 256, 512, 1024)},
+    "copy_blocks": {"BLOCK_WORDS": (1024, 2048, 4096, 8192), "CHUNKS": (4, 8, 16, 32), "NUM_WARPS": (4, 8)},
+}
+CHOICES_WITHOUT_LORA: dict[str, dict[str, tuple[int, ...]]] = {
+    "gated_activation": {"BLOCK_N": (512, 1024, 2048, 4096), "NUM_WARPS": (2, 4, 8)},
+    "rope_write": {"VALUES_PER_PROGRAM": (256, 512, 1024, 2048), "NUM_WARPS": (1, 2, 4)},
+}
+"""Of the ops that are another kernel without a delta."""
+FILES = {"gated_activation": "activation", "rope_write": "rope", "add_rmsnorm": "rmsnorm"}
+"""Where a file is not called like its op."""
+
+Setting = tuple[tuple[str, int], ...]
+"""Constants that differ from what they are, by name."""
+
+
+@dataclass
+class Tuned:
+    seconds: dict[Setting, float] = field(default_factory=dict)
+    """Of every setting that was tried; infinity where it does not fit the GPU."""
+
+    @property
+    def best(self) -> Setting:
+        return min(self.seconds, key=lambda setting: self.seconds[setting])
+
+
+def tune(case: Case, block_m: int, measure: Callable[[Case, int], float]) -> Tuned:
+    """`measure(case, block_m)` in seconds at the best settings found, and at all others that were tried."""
+    has_lora = case.batch.adapters > 0
+    choices = CHOICES[case.op] if has_lora else CHOICES_WITHOUT_LORA.get(case.op, CHOICES[case.op])
+    module = importlib.import_module(f"multilora_kernels.{FILES.get(case.op, case.op)}")
+    tuned = Tuned()
+
+    def try_setting(setting: Setting) -> None:
+        if setting not in tuned.seconds:
+            own = {name: value for name, value in setting if name != BLOCK_M}
+            with constants(module, own):
+                tuned.seconds[setting] = _measure(case, dict(setting).get(BLOCK_M, block_m), measure)
+
+    try_setting(())
+    for name, values in choices.items():
+        others = dict(tuned.best)
+        others.pop(name, None)
+        for value in values:
+            if value != (block_m if name == BLOCK_M else _current(module, name, block_m)):
+                try_setting(tuple(sorted({**others, name: value}.items())))
+    return tuned
+
+
+def _measure(case: Case, block_m: int, measure: Callable[[Case, int], float]) -> float:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return measure(case, block_m)
+    except OutOfResources:
+        return math.inf
+
+
+def _current(module: Any, names: str, block_m: int) -> int:
+    value = getattr(module, names.split()[0])
+    return value[block_m] if isinstance(value, dict) else value
+
+
+@contextmanager
+def constants(module: Any, values: dict[str, int]) -> Iterator[None]:
+    """A module whose constants have these values for a while; of a table by block_m, every entry."""
+    before = {}
+    for names, value in values.items():
+        for name in names.split():
+            before[name] = getattr(module, name)
+            setattr(module, name, dict.fromkeys(before[name], value) if isinstance(before[name], dict) else value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
