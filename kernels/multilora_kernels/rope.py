@@ -164,15 +164,15 @@ def blocks_for(num_heads: int, num_kv_heads: int, d: int, rotary: int, with_delt
 
 
 def _launch(
-    qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, num_heads: int, q_norm: Tensor | None,
+    q: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, eps: float, gemma: bool, h: Tensor | None, b: Tensor | None, order: Tensor | None, tiles:
     Tensor | None, block_m: int, rank_block: int,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     rows, rotary = cos.shape
+    num_heads = q.shape[1]
     page_size, num_kv_heads, d = kv_cache.shape[2:]
-    q = qkv.new_empty((rows, num_heads, d))
     if rows == 0:
-        return q
+        return
     if h is None or b is None or tiles is None:
         require_layout("rope_write", qkv.dtype, qkv=qkv, cos=cos, sin=sin, kv_cache=kv_cache)
         parts, num_warps, stride_h, stride_b = rows, NUM_WARPS, 0, 0
@@ -190,31 +190,26 @@ def _launch(
         TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
         num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
     )  # fmt: skip
-    return q
 
 
 torch.library.define(
     "multilora::rope_write",
-    "(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) kv_cache, Tensor slots, int num_heads, Tensor? q_norm,"
+    "(Tensor(a!) q, Tensor qkv, Tensor cos, Tensor sin, Tensor(b!) kv_cache, Tensor slots, Tensor? q_norm,"
     " Tensor? k_norm, float eps, bool gemma, Tensor? h, Tensor? b, Tensor? order, Tensor? tiles, int block_m,"
-    " int rank_block) -> Tensor",
+    " int rank_block) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::rope_write", ("cpu", "cuda"), _launch)
 
 
 @torch.library.register_fake("multilora::rope_write")
-def _fake(
-    qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, num_heads: int, q_norm: Tensor | None,
-    k_norm: Tensor | None, eps: float, gemma: bool, h: Tensor | None, b: Tensor | None, order: Tensor | None, tiles:
-    Tensor | None, block_m: int, rank_block: int,
-) -> Tensor:  # fmt: skip
-    return qkv.new_empty((qkv.shape[0], num_heads, kv_cache.shape[4]))
+def _fake(*arguments: object) -> None:
+    return None
 
 
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, num_heads: int, num_kv_heads: int, q_norm:
-    Tensor | None, k_norm: Tensor | None, delta: Delta | None,
+    Tensor | None, k_norm: Tensor | None, delta: Delta | None, out: Tensor | None,
 ) -> None:  # fmt: skip
     rows, columns = qkv.shape
     two, page_size, heads, d = kv_cache.shape[1:]
@@ -250,6 +245,13 @@ def _check(
             f"rope_write: qkv is {rows} x {columns}, but delta has {delta.b.shape[1]} columns in b, "
             f"{delta.h.shape[0]} rows in h and a plan for {delta.segments.plan.num_tokens} tokens"
         )
+    if out is not None and not (
+        out.shape == (rows, num_heads, d) and out.dtype == qkv.dtype and out.is_contiguous()
+    ):
+        raise ValueError(
+            f"rope_write: out must be contiguous {qkv.dtype} {[rows, num_heads, d]}, "
+            f"got {out.dtype} {list(out.shape)} with strides {out.stride()}"
+        )
 
 
 def rope_write(
@@ -265,6 +267,7 @@ def rope_write(
     eps: float = 0.0,
     gemma: bool = False,
     delta: Delta | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Returns the queries as attention wants them and writes the keys and values into their pages. Deterministic.
 
@@ -277,27 +280,31 @@ def rope_write(
         q_norm, k_norm: [D] weights of an RMSNorm of each head of q and k before rope (Qwen 3, Gemma 3), or None.
         eps, gemma: of those norms, as in add_rmsnorm.
         delta: three slices q, k and v, in qkv's dtype; None launches the kernel that reads no tiles.
+        out: [T, num_heads, D] contiguous, qkv's dtype, for the queries; None allocates it.
 
-    Returns: q, [T, num_heads, D] contiguous. The kernel runs on CUDA (and under Triton's interpreter), else the
+    Returns: out, the queries. The kernel runs on CUDA (and under Triton's interpreter), else the
     reference.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit.
     """
-    _check(qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, delta)
+    _check(qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, delta, out)
     if not use_kernel(qkv):
         return rope_write_reference(
-            qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, eps, gemma, delta
+            qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, q_norm, k_norm, eps, gemma, delta, out
         )
+    q = qkv.new_empty((qkv.shape[0], num_heads, kv_cache.shape[4])) if out is None else out
     op = torch.ops.multilora.rope_write.default
     if delta is None:
-        return op(qkv, cos, sin, kv_cache, slots, num_heads, q_norm, k_norm, eps, gemma, None, None, None, None, 1, 1)
+        op(q, qkv, cos, sin, kv_cache, slots, q_norm, k_norm, eps, gemma, None, None, None, None, 1, 1)
+        return q
     segments = delta.segments
     plan = segments.plan
-    return op(
-        qkv, cos, sin, kv_cache, slots, num_heads, q_norm, k_norm, eps, gemma,
+    op(
+        q, qkv, cos, sin, kv_cache, slots, q_norm, k_norm, eps, gemma,
         delta.h, delta.b, segments.order, segments.tiles, plan.block_m, plan.rank_block,
     )  # fmt: skip
+    return q
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -321,6 +328,7 @@ def rope_write_reference(
     eps: float = 0.0,
     gemma: bool = False,
     delta: Delta | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """What rope_write computes, by the operators that transformers' models use. Any device."""
     page_size, d = kv_cache.shape[2], kv_cache.shape[4]
@@ -334,4 +342,5 @@ def rope_write_reference(
     pages, offsets = slots // page_size, slots % page_size
     kv_cache[pages, 0, offsets] = _rotate(k, cos, sin)
     kv_cache[pages, 1, offsets] = v
-    return _rotate(q, cos, sin)
+    q = _rotate(q, cos, sin)
+    return q if out is None else out.copy_(q)

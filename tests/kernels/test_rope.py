@@ -55,11 +55,11 @@ class Setup:
         d = self.storage.shape[5]
         return self.heads * d, self.kv_heads * d, self.kv_heads * d
 
-    def run(self, op, qkv: torch.Tensor, delta: Delta | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, op, qkv: torch.Tensor, delta: Delta | None = None, out: torch.Tensor | None = None):
         """(q, the storage after it)."""
         storage = self.storage.clone()
         norms = (self.q_norm, self.k_norm, EPS, self.gemma)
-        q = op(qkv, self.cos, self.sin, storage[:, 1], self.slots, self.heads, self.kv_heads, *norms, delta)
+        q = op(qkv, self.cos, self.sin, storage[:, 1], self.slots, self.heads, self.kv_heads, *norms, delta, out)
         return q, storage
 
     def written(self, storage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,6 +246,21 @@ def test_reference_is_the_models_own_arithmetic(reference_target, norm, d, rotar
         assert torch.equal(own, models)
 
 
+@pytest.mark.parametrize("op", [rope_write, rope_write_reference])
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_queries_go_into_out(target, make_case, op, with_delta):
+    setup = make_setup(len(ROWS), 3, 1, 16, 12, None, target)
+    case = make_case(ROWS, target, ranks=RANKS, widths=setup.widths)
+    delta = case.delta(case.segments(16)) if with_delta else None
+    buffer = torch.full((len(ROWS) + 2, 3, 16), UNTOUCHED).to(case.y)
+    q, storage = setup.run(op, case.y, delta, buffer[1:-1])
+    assert q.data_ptr() == buffer[1:].data_ptr()
+    assert (buffer[[0, -1]] == UNTOUCHED).all()
+    expected_q, expected_storage = setup.run(op, case.y, delta)
+    assert torch.equal(buffer[1:-1], expected_q)
+    assert torch.equal(storage, expected_storage)
+
+
 def test_empty_tiles_write_nothing(target, make_case):
     setup = make_setup(len(ROWS), 3, 1, 16, 16, None, target)
     case = make_case(ROWS, target, ranks=RANKS, widths=setup.widths)
@@ -263,7 +278,8 @@ def test_operator_passes_opcheck(target, make_case):
     setup = make_setup(4, 3, 1, 16, 12, False, target)
     case = make_case([0, -1, 1, 0], target, ranks=(3, 9), widths=setup.widths)
     delta, op = case.delta(case.segments(16)), torch.ops.multilora.rope_write.default
-    common = (case.y, setup.cos, setup.sin, setup.kv_cache, setup.slots, setup.heads)
+    q = case.y.new_empty(4, setup.heads, 16)
+    common = (q, case.y, setup.cos, setup.sin, setup.kv_cache, setup.slots)
     torch.library.opcheck(op, (*common, None, None, 0.0, False, None, None, None, None, 1, 1))
     # Without NaN beside the own columns, which opcheck takes for a difference between its runs.
     h, b, segments = delta.h.nan_to_num(), case.b.nan_to_num(), delta.segments
@@ -296,6 +312,12 @@ def test_wrong_tensors_are_refused(target, make_case):
         ({"q_norm": setup.q_norm[:15]}, r"q_norm and k_norm must be \[16\]"),
         ({"delta": Delta(delta.h[:1], case.b, delta.segments)}, "1 rows in h and a plan for 2 tokens"),
         ({"delta": Delta(delta.h, case.b[:, :79], delta.segments)}, "qkv is 2 x 80, but delta has 79 columns in b"),
+        (
+            {"out": case.y.new_empty(2, 16, 3).mT},
+            r"out must be contiguous \S+ \[2, 3, 16\], got .* strides \(48, 1, 3\)",
+        ),
+        ({"out": case.y.new_empty(2, 3, 15)}, r"out must be contiguous \S+ \[2, 3, 16\], got \S+ \[2, 3, 15\]"),
+        ({"out": torch.empty(2, 3, 16, dtype=torch.float64)}, r"out must be contiguous .* got torch.float64"),
     ]:
         with pytest.raises(ValueError, match=message):
             rope_write(**{**good, **wrong})

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,14 @@ from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.lora import Bordered, LoraStep, LoraStrategy
 
 log = logging.getLogger(__name__)
+
+
+class Forward(Protocol):
+    def __call__(
+        self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the step in `StepInputs`, see `ModelRunner.forward`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,8 @@ class DecodeGraph:
 
     def fit(self, step: LoraStep) -> LoraStep:
         """The step with as many tiles as the graph launches programs for."""
-        assert step.segments is not None
+        if step.segments is None:
+            return step
         return LoraStep(step.segments.pad_to(self.tiles), step.tier, step.moves)
 
     def replay(self) -> None:
@@ -43,7 +51,7 @@ class DecodeGraph:
 
 
 def sizes_up_to(max_rows: int) -> list[int]:
-    """Batch sizes to capture, ascending: a step is padded to the next, by at most a third above 8 and 15 rows in all."""
+    """Batch sizes to capture, ascending: a step is padded to the next, by 15 rows at most."""
     sizes = [n for n in (1, 2, 4, 8) if n < max_rows] + list(range(16, max_rows, 16))
     return [*sizes, max_rows]
 
@@ -59,19 +67,22 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[AttentionBackend, int, int | None], Tensor],
+        forward: Forward,
         attention: FlashInferAttention,
         lora: LoraStrategy,
         inputs: StepInputs,
         page_size: int,
+        logits: Tensor,
     ) -> None:
+        """`logits` `[largest batch, vocab]` is where results go."""
         self._forward = forward
         self._attention = attention
         self._lora = lora
         self._inputs = inputs
         self._page_size = page_size
+        self._logits = logits
         self._graphs: dict[int, dict[int, DecodeGraph]] = {}
-        self._logits: Tensor | None = None
+        """By tier, then rows; ascending in rows."""
 
     def find(self, rows: int, tier: int | None) -> DecodeGraph | None:
         """The smallest graph of that tier that holds the rows; None: run the step eagerly."""
@@ -81,14 +92,17 @@ class DecodeGraphs:
         return next((graph for size, graph in by_rows.items() if size >= rows), None)
 
     @torch.inference_mode()
-    def capture(self, max_rows: int, budget_bytes: int) -> None:
-        """Captures the largest first, since smaller ones fit into its memory; stops when the budget is spent."""
+    def capture(self, budget_bytes: int) -> int:
+        """Captures the largest first, since smaller ones fit into its memory; stops when the budget is spent.
+
+        Returns the bytes that the graphs take.
+        """
         started = time.monotonic()
         free_before, _ = torch.cuda.mem_get_info()
         tiers = self._lora.tiers if isinstance(self._lora, Bordered) else ()
         pool = torch.cuda.graph_pool_handle()
         count, spent = 0, 0
-        for rows in reversed(sizes_up_to(max_rows)):
+        for rows in reversed(sizes_up_to(len(self._logits))):
             attention = self._attention.for_graph(rows)
             for tier in reversed(tiers_for(rows, tiers)):
                 if spent > budget_bytes:
@@ -98,33 +112,23 @@ class DecodeGraphs:
                 spent = free_before - torch.cuda.mem_get_info()[0]
         for tier, graphs in self._graphs.items():
             self._graphs[tier] = dict(sorted(graphs.items()))
-        log.info(
-            "captured %d decode graphs in %.1f s; they take %.2f GiB of a budget of %.2f GiB",
-            count,
-            time.monotonic() - started,
-            spent / 2**30,
-            budget_bytes / 2**30,
-        )
-        if spent > budget_bytes:
-            log.warning("cuda_graph_bytes is spent: steps of fewer rows run in the graph of a larger size, or eagerly")
+        seconds = time.monotonic() - started
+        log.info("captured %d decode graphs in %.1f s; they take %.2f GiB", count, seconds, spent / 2**30)
+        return spent
 
     def _capture(self, rows: int, tier: int, attention: AttentionBackend, pool: Any) -> DecodeGraph:
         batch = Batch.idle(1, self._page_size).padded(rows)
         step = self._lora.base_step(rows, tier) if isinstance(self._lora, Bordered) else LoraStep()
         self._inputs.wait()
-        self._inputs.load(batch, self._page_size, step.segments)
+        self._inputs.load(batch, step.segments)
         self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
         attention.plan(batch)
         self._inputs.planned()
         # Kernels are compiled and loaded outside of the capture, where that is allowed; sizes that are multiples of 16
         # share their variants.
         if rows <= 16 or not self._graphs.get(tier):
-            logits = self._forward(attention, rows, None)
-            if self._logits is None:
-                self._logits = torch.empty_like(logits)
-            del logits
+            self._forward(attention, rows, None)
         torch.cuda.synchronize()
-        assert self._logits is not None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             # Copied out: a result that is kept alive in the pool could not share its memory with other graphs' results.

@@ -13,6 +13,7 @@ from torch import Tensor
 from multilora_backend.config import Config
 from multilora_backend.core import Slot, StepPlan
 from multilora_backend.engine.graphs import DecodeGraphs
+from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraphs
 from multilora_backend.engine.sampler import Pending, Sampled, Sampler
 from multilora_backend.models import context
 from multilora_backend.models.attention import AttentionBackend
@@ -55,7 +56,8 @@ class ModelRunner:
         max_slots: int,
     ) -> None:
         self.sampler = Sampler(model.config.vocab_size, model.eos_token_ids, model.device)
-        self.graphs: DecodeGraphs | None = None
+        self.decode_graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         self._model = model
         self._attention = attention
         self._lora = lora
@@ -70,32 +72,51 @@ class ModelRunner:
         batch = Batch.from_plan(plan, self._page_size, self._drawn_rows)
         slots = [plan.slots[i] for i in batch.sample_slots]
         self._inputs.wait()
-        graph = None
-        if self.graphs is not None and batch.one_row_each and len(slots) == batch.num_rows:
-            graph = self.graphs.find(batch.num_rows, self._lora.tier(batch))
-        if graph is not None:
-            batch = batch.padded(graph.rows)
-        step = self._lora.plan(batch)
-        if graph is not None and step.segments is not None:
-            step = graph.fit(step)
-        self._inputs.load(batch, self._page_size, step.segments)
-        self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
-        attention = self._attention if graph is None else graph.attention
-        attention.plan(batch)
-        self._inputs.planned()
-        if graph is not None:
-            graph.replay()
-            logits = graph.logits[: len(slots)]
-        else:
-            logits = self.forward(attention, batch.num_rows, len(slots))
+        logits = self._decode(batch) if batch.one_row_each and len(slots) == batch.num_rows else None
+        if logits is None:
+            logits = self._prompt(batch)
         if not slots:
             return Launched(plan, slots, None)
-        pending = self.sampler.launch(logits, [slot.sequence for slot in slots])
+        pending = self.sampler.launch(logits[: len(slots)], [slot.sequence for slot in slots])
         self._drawn[: len(slots)].copy_(pending.token_ids)
         self._drawn_rows = {slot.sequence.key: row for row, slot in enumerate(slots)}
         return Launched(plan, slots, pending)
 
-    def forward(self, attention: AttentionBackend, rows: int, samples: int | None) -> Tensor:
+    def _decode(self, batch: Batch) -> Tensor | None:
+        """Replays a decode step; None if no graph holds it."""
+        graph = None
+        if self.decode_graphs is not None:
+            graph = self.decode_graphs.find(batch.num_rows, self._lora.tier(self._lora.ranks(batch)))
+        if graph is None:
+            return None
+        batch = batch.padded(graph.rows)
+        self._enter(batch, graph.fit(self._lora.plan(batch)), graph.attention)
+        graph.replay()
+        return graph.logits
+
+    def _prompt(self, batch: Batch) -> Tensor:
+        """A step of any shape, in pieces of graph if there is one for it."""
+        samples, graph = len(batch.sample_rows), None
+        if self.prompt_graphs is not None and not batch.one_row_each:
+            graph = self.prompt_graphs.find(batch.num_rows, samples, self._lora.ranks(batch))
+        if graph is not None:
+            batch = batch.padded(graph.rows).sampling(graph.samples)
+            self._enter(batch, graph.fit(self._lora.plan(batch, graph.block_m)), self._attention)
+            graph.replay(self._attention)
+            return graph.logits
+        self._enter(batch, self._lora.plan(batch), self._attention)
+        return self.forward(self._attention, batch.num_rows, samples)
+
+    def _enter(self, batch: Batch, step: LoraStep, attention: AttentionBackend) -> None:
+        """Queues all that the step reads on the device."""
+        self._inputs.load(batch, step.segments)
+        self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
+        attention.plan(batch)
+        self._inputs.planned()
+
+    def forward(
+        self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
+    ) -> Tensor:
         """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None."""
         device = self._inputs.device
         sources = device("sources", rows)
@@ -104,7 +125,7 @@ class ModelRunner:
         if samples is not None:
             # A step of prompt chunks alone samples nothing, but transformers wants one row for the head.
             keep = device("sample_rows", max(samples, 1)).long()
-        step = context.StepContext(attention, self._lora, device("write_slots", rows))
+        step = context.StepContext(attention, self._lora, device("write_slots", rows), query)
         with context.step(step):
             return self._model.module(
                 input_ids=token_ids[None],
@@ -126,37 +147,48 @@ class ModelRunner:
 
     def _run_idle(self, rows: int, step: LoraStep) -> Tensor:
         """A step of one slot whose pages are all the trash page."""
-        batch = Batch.idle(rows, self._page_size)
         self._inputs.wait()
-        self._inputs.load(batch, self._page_size, step.segments)
-        self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
-        self._attention.plan(batch)
-        self._inputs.planned()
+        self._enter(Batch.idle(rows, self._page_size), step, self._attention)
         return self.forward(self._attention, rows, 1)
+
+    @torch.inference_mode()
+    def capture(self, max_rows: int, max_slots: int, budget_bytes: int) -> None:
+        """Captures decode steps, then steps with prompts, within the budget. Does nothing without FlashInfer."""
+        attention = self._attention
+        if not isinstance(attention, FlashInferAttention):
+            return
+        model, inputs, page_size = self._model, self._inputs, self._page_size
+        shape = (max_slots, model.config.vocab_size)
+        logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        decode = DecodeGraphs(self.forward, attention, self._lora, inputs, page_size, logits)
+        spent = logits.nbytes + decode.capture(budget_bytes - logits.nbytes)
+        layer = attention_modules(model.module)[0]
+        prompts = PromptGraphs(self.forward, layer, self._lora, inputs, page_size, logits)
+        spent += prompts.capture(max_rows, budget_bytes - spent)
+        log.info("CUDA graphs take %.2f GiB of a budget of %.2f GiB", spent / 2**30, budget_bytes / 2**30)
+        if spent > budget_bytes:
+            log.warning("cuda_graph_bytes is spent: some steps run in larger graphs than they need, or eagerly")
+        self.decode_graphs, self.prompt_graphs = decode, prompts
 
 
 def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy) -> ModelRunner:
-    """The runner, warmed up: on CUDA every kernel is compiled and decode steps are captured when this returns."""
-    rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+    """The runner, warmed up: on CUDA every kernel is compiled and steps are captured when this returns."""
+    slots, page_size = config.max_num_seqs, config.block_size
+    rows = max(config.max_num_batched_tokens, slots)
     inputs = StepInputs(
         max_rows=rows,
-        max_slots=config.max_num_seqs,
-        max_tiles=max_tiles(rows, config.max_num_seqs + 1, 16),
-        max_pages=max(
-            config.max_num_seqs * -(-model.max_model_len // config.block_size), rows // config.block_size + 1
-        ),
+        max_slots=slots + 1,  # padding may be a slot of its own
+        max_tiles=max_tiles(rows, max(slots, MAX_ADAPTERS) + 1, 16),
+        max_pages=max(slots * -(-model.max_model_len // page_size), rows // page_size + 1) + rows,
         device=model.device,
     )
-    attention = create_attention(attention_modules(model.module), config.block_size, model.dtype, inputs)
-    runner = ModelRunner(model, attention, lora, inputs, config.block_size, config.max_num_seqs)
-    if model.device.type != "cuda":
-        return runner
-    started = time.monotonic()
-    runner.warm_up(config.max_num_batched_tokens)
-    torch.cuda.synchronize()
-    log.info("warmed up in %.1f s", time.monotonic() - started)
-    if not config.enforce_eager and isinstance(attention, FlashInferAttention):
-        graphs = DecodeGraphs(runner.forward, attention, lora, inputs, config.block_size)
-        graphs.capture(config.max_num_seqs, config.cuda_graph_bytes)
-        runner.graphs = graphs
+    attention = create_attention(attention_modules(model.module), page_size, model.dtype, inputs)
+    runner = ModelRunner(model, attention, lora, inputs, page_size, slots)
+    if model.device.type == "cuda":
+        started = time.monotonic()
+        runner.warm_up(config.max_num_batched_tokens)
+        torch.cuda.synchronize()
+        log.info("warmed up in %.1f s", time.monotonic() - started)
+        if not config.enforce_eager:
+            runner.capture(config.max_num_batched_tokens, slots, config.cuda_graph_bytes)
     return runner

@@ -34,8 +34,11 @@ class AttentionBackend(Protocol):
         """Prepares a step's metadata. Everything that depends on lengths and page tables happens here."""
         ...
 
-    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
-        """Attends causally over each row's sequence: query `[T, heads, head_dim]` after rope, result the same shape."""
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec, out: Tensor | None = None) -> Tensor:
+        """Attends causally over each row's sequence: query `[T, heads, head_dim]` after rope, result the same shape.
+
+        The result is `out` if that is given.
+        """
         ...
 
 
@@ -63,8 +66,8 @@ class TorchAttention:
         width = max((len(pages[i]) for i in decoding), default=0)
         self._decode_pages = tensor([pages[i] + [TRASH_PAGE] * (width - len(pages[i])) for i in decoding])
 
-    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
-        out = torch.empty_like(query)
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(query) if out is None else out
         if len(self._decode_rows):
             keys, values = self._gather(kv_cache, self._decode_pages)
             at = torch.arange(keys.shape[1], device=query.device)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -42,6 +42,7 @@ class Batch:
     """[B]: rows whose logits are wanted, and"""
     sample_slots: list[int]
     """[B]: the slots that they belong to."""
+    page_size: int
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +93,7 @@ class Batch:
             pages=pages,
             sample_rows=row_starts[1:][sample_slots] - 1,
             sample_slots=sample_slots,
+            page_size=page_size,
         )
 
     @classmethod
@@ -111,26 +113,39 @@ class Batch:
             pages=np.full(pages, TRASH_PAGE, dtype=np.int32),
             sample_rows=np.array([rows - 1], dtype=np.int32),
             sample_slots=[0],
+            page_size=page_size,
         )
 
     def padded(self, rows: int) -> Batch:
-        """With slots of one row each up to `rows` rows: token 0 at position 0 of the trash page, sampled by nobody."""
+        """With rows up to `rows` that nobody samples: token 0 in the trash page.
+
+        A decode step gets slots of one row each, any other step one slot more.
+        """
         more = rows - self.num_rows
-        zeros, ones = np.zeros(more, dtype=np.int32), np.ones(more, dtype=np.int32)
-        steps = np.arange(1, more + 1, dtype=np.int32)
-        return Batch(
+        if not more:
+            return self
+        counts = np.ones(more, dtype=np.int32) if self.one_row_each else np.array([more], dtype=np.int32)
+        starts, page_starts = _starts(counts), _starts(-(-counts // self.page_size))
+        positions: Ints = np.arange(more, dtype=np.int32) - np.repeat(starts[:-1], counts)
+        zeros = np.zeros(more, dtype=np.int32)
+        return replace(
+            self,
             token_ids=np.concatenate([self.token_ids, zeros]),
-            sources=np.concatenate([self.sources, -ones]),
-            positions=np.concatenate([self.positions, zeros]),
-            write_slots=np.concatenate([self.write_slots, zeros + TRASH_PAGE]),
-            adapter_slots=np.concatenate([self.adapter_slots, -ones]),
-            row_starts=np.concatenate([self.row_starts, self.row_starts[-1] + steps]),
-            context_lens=np.concatenate([self.context_lens, ones]),
-            page_starts=np.concatenate([self.page_starts, self.page_starts[-1] + steps]),
-            pages=np.concatenate([self.pages, zeros + TRASH_PAGE]),
-            sample_rows=self.sample_rows,
-            sample_slots=self.sample_slots,
+            sources=np.concatenate([self.sources, zeros - 1]),
+            positions=np.concatenate([self.positions, positions]),
+            write_slots=np.concatenate([self.write_slots, zeros + TRASH_PAGE * self.page_size]),
+            adapter_slots=np.concatenate([self.adapter_slots, zeros - 1]),
+            row_starts=np.concatenate([self.row_starts, self.row_starts[-1] + starts[1:]]),
+            context_lens=np.concatenate([self.context_lens, counts]),
+            page_starts=np.concatenate([self.page_starts, self.page_starts[-1] + page_starts[1:]]),
+            pages=np.concatenate([self.pages, np.full(page_starts[-1], TRASH_PAGE, dtype=np.int32)]),
         )
+
+    def sampling(self, count: int) -> Batch:
+        """With row 0 sampled for nobody as often as it takes to make `count` sample rows."""
+        sample_rows = np.zeros(count, dtype=np.int32)
+        sample_rows[: len(self.sample_rows)] = self.sample_rows
+        return replace(self, sample_rows=sample_rows)
 
 
 def _starts(counts: Ints) -> Ints:

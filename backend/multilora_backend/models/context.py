@@ -27,6 +27,8 @@ class StepContext:
     lora: LoraStrategy
     write_slots: Tensor
     """int32 [T]: where the K and V of each row go, page * page_size + offset."""
+    query: Tensor | None = None
+    """`[T, heads, head_dim]` for the queries of every layer, if they must lie at a fixed address."""
     residual: Tensor | None = field(default=None, init=False)
     """The residual stream `[T, hidden]` between two layers: a layer hands on the normed hidden states."""
 

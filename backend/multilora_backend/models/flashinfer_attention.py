@@ -3,8 +3,8 @@
 
 The tensor-core kernels (backend fa2) serve decode as well as prefill, so one compiled module does it all. Measured on
 one H200, 2026-11-24, heads 32/8 of 128, us a layer: decode of 256 sequences at 384 / 2,048 tokens 121 / 515 with them,
-144 / 733 with FlashInfer's CUDA-core kernel, 136 / 564 with its XQA; 240 decode rows and 7 x 256 prompt rows in one call
-182 with fa2, 583 with fa3. fa3 is faster on long prompts alone (2,048 tokens: 116 against 189).
+144 / 733 with FlashInfer's CUDA-core kernel, 136 / 564 with its XQA; 240 decode rows and 7 x 256 prompt rows in one
+call 182 with fa2, 583 with fa3. fa3 is faster on long prompts alone (2,048 tokens: 116 against 189).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class FlashInferAttention:
                 **_options(spec, self._dtype),
             )
 
-    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
-        return self._wrappers[spec].run(query, kv_cache, out=torch.empty_like(query))
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec, out: Tensor | None = None) -> Tensor:
+        return self._wrappers[spec].run(query, kv_cache, out=torch.empty_like(query) if out is None else out)
 
     def for_graph(self, rows: int) -> AttentionBackend:
         """The backend of decode steps of exactly `rows` rows, whose `run` may be captured after one `plan`."""
@@ -105,8 +105,8 @@ class _GraphAttention:
                 wrapper.plan(starts, pages, lens, *parent._shape, **options)
         self._planned = True
 
-    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec) -> Tensor:
-        return self._wrappers[spec].run(query, kv_cache, out=torch.empty_like(query))
+    def run(self, kv_cache: Tensor, query: Tensor, spec: AttentionSpec, out: Tensor | None = None) -> Tensor:
+        return self._wrappers[spec].run(query, kv_cache, out=torch.empty_like(query) if out is None else out)
 
 
 def create_attention(

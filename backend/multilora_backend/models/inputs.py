@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a step reads on the device, in one static buffer: one copy brings it there, graphs keep its addresses."""
+"""All that a step reads on the device, in one static buffer: one copy brings it there, graphs keep its addresses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StepInputs:
         if self._copied is not None:
             self._copied.record()
 
-    def load(self, batch: Batch, page_size: int, segments: SegmentPlan | None) -> None:
+    def load(self, batch: Batch, segments: SegmentPlan | None) -> None:
         """Queues the copy of a step's metadata."""
         self._put("token_ids", batch.token_ids)
         self._put("sources", batch.sources)
@@ -65,7 +65,7 @@ class StepInputs:
         self._put("sample_rows", batch.sample_rows)
         self._put("row_starts", batch.row_starts)
         self._put("page_starts", batch.page_starts)
-        self._put("last_page_lens", (batch.context_lens - 1) % page_size + 1)
+        self._put("last_page_lens", (batch.context_lens - 1) % batch.page_size + 1)
         if segments is not None:
             self._put("segments", segments.packed)
         self._put("pages", batch.pages)

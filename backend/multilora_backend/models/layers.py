@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from multilora_backend.models import context
 from multilora_backend.models.linear import FusedLinear
-from multilora_kernels.activation import gated_activation
-from multilora_kernels.rmsnorm import add_rmsnorm
-from multilora_kernels.rope import rope_write
+from multilora_kernels import add_rmsnorm, gated_activation, rope_write
 
 
 class Norm(nn.Module):
@@ -71,13 +69,12 @@ class Attention(nn.Module):
             qkv, delta = self.qkv_proj(x)
         else:  # one module for all three (Phi-3): its LoRA knows no q, k and v
             qkv, delta = self.qkv_proj.complete(x), None
-        norms: dict[str, Any] = {}
+        more: dict[str, Any] = {"delta": delta, "out": step.query}
         if self.q_norm is not None and self.k_norm is not None:
-            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight}
-            norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
-        q = rope_write(
-            qkv, cos, sin, self.kv_cache, step.write_slots, self.num_heads, self.num_kv_heads, delta=delta, **norms
-        )
+            more |= {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight}
+            more |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        q = rope_write(qkv, cos, sin, self.kv_cache, step.write_slots, heads, kv_heads, **more)
         out = step.attention.run(self.kv_cache, q, self.spec)
         return self.o_proj.complete(out.view(-1, self.num_heads * self.head_dim))
 

@@ -86,8 +86,8 @@ def fuse_checked(module: Any, vocab_size: int, page_size: int, device: torch.dev
     caches = attach_kv_cache(module, num_pages=2, page_size=page_size, device=device)
     after = _probe(module, ids, page_size, device)
     caches.clear()
-    # Fusing changes only how sums are ordered. 32 ulps of the model's dtype (a quarter of the largest logit in bf16) are
-    # far above what that does, and far below wrong wiring, whose logits have nothing to do with the right ones.
+    # Fusing changes only how sums are ordered. 32 ulps of the model's dtype (a quarter of the largest logit in bf16)
+    # are far above what that does, and far below wrong wiring, whose logits have nothing to do with the right ones.
     tolerance = 32 * torch.finfo(module.dtype).eps * before.abs().max()
     if not torch.allclose(before, after, rtol=0, atol=float(tolerance)):
         raise MultiloraError(

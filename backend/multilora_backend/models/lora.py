@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from multilora_backend.adapters.border import TIERS, Border, Move
 from multilora_backend.adapters.pool import DevicePool
-from multilora_backend.adapters.ranks import PAGE, padded
+from multilora_backend.adapters.ranks import padded
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
@@ -37,6 +37,10 @@ from multilora_kernels import (
 )
 
 DECODE_BLOCK_M = 16
+RANK_VARIANTS = (16, 64)
+"""Kernels take 16 ranks at a time up to rank 16, 32 beyond. Steps with prompts are captured for ranks up to these."""
+MEAN_RANK = 16
+"""Assumed of a tier's adapters when programs are counted; steps of many smaller ones run at a larger tier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +55,16 @@ class LoraStep:
 
 
 class LoraStrategy(Protocol):
-    def tier(self, batch: Batch) -> int | None:
-        """The border's tier for this batch, 0 without adapters; None: it cannot be computed by a captured graph."""
+    def ranks(self, batch: Batch) -> list[int]:
+        """The ranks of the batch's different adapters."""
         ...
 
-    def plan(self, batch: Batch) -> LoraStep:
-        """Host metadata for a step: which rows belong to which adapter."""
+    def tier(self, ranks: list[int]) -> int | None:
+        """The smallest tier of the border for a decode step of such adapters, 0 for none; None: not by the border."""
+        ...
+
+    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
+        """Host metadata for a step: which rows belong to which adapter. `block_m` 0: what suits the batch."""
         ...
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
@@ -71,10 +79,13 @@ class LoraStrategy(Protocol):
 class NoLora:
     """For models served without adapters, and for steps that have none."""
 
-    def tier(self, batch: Batch) -> int | None:
+    def ranks(self, batch: Batch) -> list[int]:
+        return []
+
+    def tier(self, ranks: list[int]) -> int | None:
         return 0
 
-    def plan(self, batch: Batch) -> LoraStep:
+    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
         return LoraStep()
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
@@ -93,13 +104,17 @@ class Grouped(NoLora):
         self._pool = pool
         self._segments: Segments | None = None
 
-    def tier(self, batch: Batch) -> int | None:
-        return None if (batch.adapter_slots >= 0).any() else 0
+    def ranks(self, batch: Batch) -> list[int]:
+        slots = np.unique(batch.adapter_slots)
+        return self._pool.rank[slots[slots >= 0]].tolist()
 
-    def plan(self, batch: Batch) -> LoraStep:
+    def tier(self, ranks: list[int]) -> int | None:
+        return None if ranks else 0
+
+    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
         rows = batch.adapter_slots
-        groups = len(np.unique(rows))
-        segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m_for(len(rows), groups))
+        block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
+        segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
         return LoraStep(segments if segments.max_rank else None)
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
@@ -113,10 +128,10 @@ class Grouped(NoLora):
         return y, Delta(h, self._pool.b[linear.index], self._segments)
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
-        """Steps of `rows` rows that between them launch every variant of the kernels, for the warm-up."""
-        for rank in (16, 32):
-            slots, one = np.zeros(rows, dtype=np.int32), np.ones(1, dtype=np.int32)
-            yield LoraStep(plan_segments(slots, 0 * one, min(rank, self._pool.num_ranks) * one, block_m_for(rows, 1)))
+        """Steps of `rows` rows that between them launch every variant of the kernels."""
+        slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
+        for rank in sorted({min(rank, self._pool.num_ranks) for rank in RANK_VARIANTS}):
+            yield LoraStep(plan_segments(slots, zero, zero + rank, block_m_for(rows, 1)))
 
 
 class Reference(Grouped):
@@ -152,22 +167,18 @@ class Bordered(Grouped):
     def tiers(self) -> tuple[int, ...]:
         return self._border.tiers
 
-    @staticmethod
-    def max_tiles(rows: int, tier: int) -> int:
-        """Most tiles of a decode step of that many rows whose adapters fit the tier."""
-        return max_tiles(rows, tier // PAGE + 1, DECODE_BLOCK_M)
+    def tier(self, ranks: list[int]) -> int | None:
+        need = max(sum(padded(rank) for rank in ranks), MEAN_RANK * len(ranks))
+        return next((tier for tier in (0, *self.tiers) if tier >= need), None)
 
-    def tier(self, batch: Batch) -> int | None:
-        ranks = sum(padded(rank) for rank in self._wanted(batch).values())
-        return next((tier for tier in (0, *self.tiers) if tier >= ranks), None)
-
-    def plan(self, batch: Batch) -> LoraStep:
+    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
         if not batch.one_row_each:
-            return super().plan(batch)
-        wanted = self._wanted(batch)
-        placement = self._border.place(wanted)
+            return super().plan(batch, block_m)
+        slots = np.unique(batch.adapter_slots)
+        keys = [(slot, int(self._pool.generation[slot])) for slot in slots[slots >= 0].tolist()]
+        placement = self._border.place({key: int(self._pool.rank[key[0]]) for key in keys})
         if placement is None:
-            return super().plan(batch)
+            return super().plan(batch, block_m)
         if not placement.tier:
             return LoraStep()
         h_start = np.zeros_like(self._pool.rank_start)
@@ -184,7 +195,7 @@ class Bordered(Grouped):
         if not tier:
             return LoraStep()
         segments = plan_segments(none, zero, zero, DECODE_BLOCK_M, zero)
-        return LoraStep(segments.pad_to(self.max_tiles(rows, tier)), tier)
+        return LoraStep(segments.pad_to(max_tiles(rows, tier // MEAN_RANK + 1, DECODE_BLOCK_M)), tier)
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         super().enter(step, segments)
@@ -204,11 +215,6 @@ class Bordered(Grouped):
         y = F.linear(x, linear.weight[:end], None if linear.bias is None else linear.bias[:end])
         assert self._segments is not None
         return y[:, :width], Delta(y[:, width:], self._pool.b[linear.index], self._segments)
-
-    def _wanted(self, batch: Batch) -> dict[tuple[int, int], int]:
-        """{(slot, generation): rank} of the batch's adapters."""
-        slots = np.unique(batch.adapter_slots)
-        return {(s, int(self._pool.generation[s])): int(self._pool.rank[s]) for s in slots[slots >= 0].tolist()}
 
 
 STRATEGIES: dict[str, Callable[[list[FusedLinear], DevicePool], LoraStrategy]] = {

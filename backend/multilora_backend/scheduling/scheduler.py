@@ -108,7 +108,7 @@ class Scheduler:
         slots: list[Slot] = []
         preempted: list[Sequence] = []
         # Stable sort: within a class the order of admission stays, so the newest is preempted first.
-        # A sequence whose last token is on its way is not in it: nothing is left to compute, its pages come back anyway.
+        # Without those whose last token is on its way: nothing is left to compute, and their pages come back anyway.
         queue = deque(
             sorted(
                 (s for s in self.running.values() if not s.complete),

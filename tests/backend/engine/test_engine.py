@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 class Driver:
     """Submits, steps and collects, as the server does."""
 
-    MODE: dict[str, str] = {}
+    MODE: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path, **settings) -> None:
         defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu", **self.MODE}

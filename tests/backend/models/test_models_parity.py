@@ -173,7 +173,7 @@ def test_layers_that_compute_something_else_are_refused(tmp_path: Path, monkeypa
             return original_linear(parent, path, names[::-1], fused, sites)
 
         monkeypatch.setattr(fusion, "_linear", linear)
-    with pytest.raises(MultiloraError, match="other logits|shape"):
+    with pytest.raises(MultiloraError, match=r"other logits|shape"):
         load_model(Config(model=str(folder), device="cpu"))
 
 
