@@ -8,6 +8,8 @@ HTTP_PORT    ?= 8000
 GRPC_PORT    ?= 8001
 METRICS_PORT ?= 8002
 INSTANCES    ?=
+SHAPE        ?= llama-3.1-8b
+RESULTS      ?= build/benchmarks
 ARGS         ?=
 
 BIN    := .venv/bin
@@ -15,7 +17,8 @@ SETUP  := @scripts/setup.sh
 SHELLS := scripts/*.sh .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu lint format bench perf example-model clean
+.PHONY: help setup demo serve test test-gpu lint format bench perf example-model clean \
+  bench-engine bench-latency bench-triton bench-kernels profile figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,9 +38,10 @@ serve: ## run the server until Ctrl-C; see MODEL, ADAPTERS, HOST, HTTP_PORT, GRP
 test: lint ## lint, then every test that needs no GPU
 	@$(BIN)/python -m pytest tests -m "not gpu" --durations=15 $(ARGS)
 
-test-gpu: ## the tests that need a CUDA device
+test-gpu: ## the tests that need a CUDA device; without one they are skipped
 	$(SETUP)
-	@$(BIN)/python -m pytest tests -m gpu $(ARGS)
+	@$(BIN)/python -m pytest tests -m gpu -rs $(ARGS)
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or print("test-gpu: skipped, torch finds no CUDA device")'
 
 lint: ## ruff, mypy, shellcheck and hadolint
 	$(SETUP)
@@ -52,9 +56,38 @@ format: ## let ruff rewrite the source
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: ## measure what docs/performance.md reports
+bench: ## what Triton and the front end cost, with the example model
 	$(SETUP)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+# RESULTS=benchmarks/results puts the JSON where `make figures` reads it.
+bench-engine: ## throughput of the engine at SHAPE by number of adapters; JSON in RESULTS
+	$(SETUP)
+	@$(BIN)/python benchmarks/engine.py --shape $(SHAPE) --requests 512 --input 256 --output 256 \
+	  --json $(RESULTS)/engine.json $(ARGS)
+
+bench-latency: ## time to first token and between tokens at SHAPE by batch size
+	$(SETUP)
+	@$(BIN)/python benchmarks/latency.py --shape $(SHAPE) --input 256 --output 128 \
+	  --json $(RESULTS)/latency.json $(ARGS)
+
+bench-triton: ## the same traffic to the engine alone and through Triton at SHAPE
+	$(SETUP)
+	@$(BIN)/python benchmarks/through_triton.py --shape $(SHAPE) --input 256 --output 256 \
+	  --json $(RESULTS)/through-triton.json $(ARGS)
+
+bench-kernels: ## every kernel against the roofline and its torch reference
+	$(SETUP)
+	@$(BIN)/python benchmarks/bench_kernels.py --json $(RESULTS)/kernels.json $(ARGS)
+
+profile: ## where the time of a saturated decode goes at SHAPE
+	$(SETUP)
+	@$(BIN)/python benchmarks/profile_steps.py --shape $(SHAPE) --input 256 --json $(RESULTS)/profile.json $(ARGS)
+
+figures: ## the plots and tables of docs/performance.md from benchmarks/results; needs matplotlib
+	$(SETUP)
+	@$(BIN)/python benchmarks/plot.py
+	@$(BIN)/python benchmarks/tables.py
 
 perf: ## drive a server of its own with Triton's perf_analyzer
 	$(SETUP)

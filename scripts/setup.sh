@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes .venv: the packages of requirements.lock, this project, and a tritonserver if the machine has none.
+# Makes .venv: the packages of requirements.lock, this project, a tritonserver if the machine has none, and FlashInfer if
+# it has an NVIDIA driver.
 # Nothing outside .venv is changed. A second run with the same inputs returns at once. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTRITON=nvidia-pytriton==0.7.0
+FLASHINFER=flashinfer-python==0.6.14
+DRIVER=/proc/driver/nvidia/version
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 say() { echo "setup: $*" >&2; }
@@ -66,7 +69,7 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
 install_packages() {
   local torch=(torch -c requirements.lock)
   # PyPI's torch brings gigabytes of CUDA. Without an NVIDIA driver, the CPU build of the same version will do.
-  if [[ ! -e /proc/driver/nvidia/version ]] && .venv/bin/python - "$TORCH_CPU_INDEX" <<'PYTHON' 2>/dev/null; then
+  if [[ ! -e $DRIVER ]] && .venv/bin/python - "$TORCH_CPU_INDEX" <<'PYTHON' 2>/dev/null; then
 import sys, urllib.request
 urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=3)
 PYTHON
@@ -79,6 +82,15 @@ PYTHON
   # The lock is complete; --no-deps keeps anything else out.
   pip install --no-deps -r requirements.lock
   PYTHONWARNINGS=ignore pip install --no-deps --no-build-isolation --editable .
+}
+
+install_flashinfer() {
+  [[ -e $DRIVER ]] || return 0
+  say "installing $FLASHINFER, since this machine has an NVIDIA driver"
+  # Not in the lock: it brings libraries that only a GPU needs, and the lock holds back whatever both use.
+  pip install -c requirements.lock "$FLASHINFER"
+  command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]] ||
+    say "no nvcc on PATH or in CUDA_HOME: FlashInfer will not be able to compile its kernels"
 }
 
 install_tritonserver() {
@@ -102,6 +114,7 @@ start=$SECONDS
 python=$(find_python)
 environment_works || make_environment
 install_packages
+install_flashinfer
 install_tritonserver
 rm -f .venv/.setup-*
 touch "$stamp"

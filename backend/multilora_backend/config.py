@@ -55,7 +55,7 @@ class Config:
     """Device memory for captured decode steps; when it is spent, fewer sizes are captured."""
     enforce_eager: bool = False
     """Capture nothing: a quicker start and slower decoding."""
-    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    async_scheduling: Literal["auto", "true", "false"] = "auto"
     """Prepare a step while the one before it runs. auto: on CUDA."""
     enable_prefix_caching: bool = True
     """Requests of the same adapter version with the same beginning share KV pages."""
@@ -251,6 +251,7 @@ def _cast(key: str, value: Any, to: Any, source: str) -> Any:
     """Strings become the field's type, as config.pbtxt and the environment know nothing else."""
     if isinstance(to, types.GenericAlias) or typing.get_origin(to) is Literal:
         choices = typing.get_args(to)
+        value = str(value).lower() if isinstance(value, bool) else value
         if value not in choices:
             raise invalid(key, f"must be one of {', '.join(choices)}, got {value!r} ({source})")
         return value

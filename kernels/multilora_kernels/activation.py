@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multilora_kernels._triton import jit, require_layout, tl, use_kernel
 from multilora_kernels.delta import Delta
-from multilora_kernels.grouped_expand import grouped_expand_reference
+from multilora_kernels.grouped_expand import grouped_expand_reference, load_b, load_h
 from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
 
 # Not measured yet. Without LoRA a thread has one 16-byte load of gate and one of up in flight, 32 KiB an SM at full
@@ -24,6 +24,14 @@ BLOCK_N_DELTA, NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 128, 4, 8
 # loop is miscompiled for sm_90 by ptxas before 13.3. Most ranks are one block, which leaves nothing to pipeline.
 NUM_STAGES = 1
 KINDS = ("silu", "gelu_tanh")
+
+
+@jit
+def round_to(x, DTYPE: tl.constexpr):
+    """float32 x with DTYPE's precision. A cast of pairs: one of single values is a slow instruction on Hopper."""
+    if DTYPE == tl.float32:
+        return x
+    return tl.cast(x, DTYPE, fp_downcast_rounding="rtne").to(tl.float32)
 
 
 @jit
@@ -47,48 +55,45 @@ def _activation_kernel(
         # Both are whole pages: the hint makes the loads of h vectors.
         h_start = tl.multiple_of(tl.load(tile + 4), RANK_PAGE)
         h_stride = tl.multiple_of(tl.load(tile + 5), RANK_PAGE)
-        padded = tl.multiple_of((rank + RANK_PAGE - 1) // RANK_PAGE * RANK_PAGE, RANK_PAGE)
         row = first_row + tl.arange(0, BLOCK_M)
         row_ok = row < end_row
+        # B is asked for while the rows' tokens, which all else waits for, are on their way.
+        r = tl.arange(0, BLOCK_R)
+        b_at = b + rank_start.to(tl.int64) * stride_b + n[None, :]
+        gate_b, up_b = load_b(b_at, r, rank, stride_b, n_ok), load_b(b_at + width, r, rank, stride_b, n_ok)
         token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
         ok = row_ok[:, None] & n_ok[None, :]
 
     gate_at = gate_up + token[:, None] * stride_gate_up + n[None, :]
-    # Converted where they are used: an earlier `.to` is a barrier that waits for them before h and B are asked for.
+    # Converted where they are used: an earlier `.to` is a barrier that waits for them before h is asked for.
     gate = tl.load(gate_at, mask=ok, other=0.0)
     up = tl.load(gate_at + width, mask=ok, other=0.0)
     if tiles is not None:
         h_rows = h + token[:, None] * stride_h + h_start * 2
-        # -0.0, which a literal would not give: added to the base of rows without adapter it changes no bit.
-        gate_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) * -1.0
-        up_sum = gate_sum
-        for first_r in range(0, rank, BLOCK_R):
-            r = first_r + tl.arange(0, BLOCK_R)
-            r_ok = r < rank
-            h_ok = row_ok[:, None] & (r < padded)[None, :]
-            b_ok = r_ok[:, None] & n_ok[None, :]
-            b_at = b + (rank_start + r)[:, None].to(tl.int64) * stride_b + n[None, :]
-            gate_h = tl.load(h_rows + r[None, :], mask=h_ok, other=0.0)
-            up_h = tl.load(h_rows + h_stride + r[None, :], mask=h_ok, other=0.0)
-            gate_b = tl.load(b_at, mask=b_ok, other=0.0)
-            up_b = tl.load(b_at + width, mask=b_ok, other=0.0)
-            # h was read by whole pages: ranks beyond may be NaN, hence a selection and no product with zero. B needs
-            # none, but a tile that goes to shared memory as loaded goes there, and waits, before the next load.
-            gate_h, up_h = tl.where(r_ok[None, :], gate_h, 0.0), tl.where(r_ok[None, :], up_h, 0.0)
-            gate_b, up_b = tl.where(r_ok[:, None], gate_b, 0.0), tl.where(r_ok[:, None], up_b, 0.0)
-            gate_sum = tl.dot(gate_h, gate_b, gate_sum, input_precision="ieee")
-            up_sum = tl.dot(up_h, up_b, up_sum, input_precision="ieee")
-        gate = (gate.to(tl.float32) + gate_sum).to(dtype)
-        up = (up.to(tl.float32) + up_sum).to(dtype)
+        gate_h, up_h = load_h(h_rows, r, rank, row_ok, RANK_PAGE), load_h(h_rows + h_stride, r, rank, row_ok, RANK_PAGE)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    if tiles is not None:
+        # The base value is what the sum starts from; without ranks nothing may be added, not even 0.0 to -0.0.
+        if rank > 0:
+            gate = tl.dot(gate_h, gate_b, gate, input_precision="ieee")
+            up = tl.dot(up_h, up_b, up, input_precision="ieee")
+            for first_r in range(BLOCK_R, rank, BLOCK_R):
+                r = first_r + tl.arange(0, BLOCK_R)
+                gate_b, up_b = load_b(b_at, r, rank, stride_b, n_ok), load_b(b_at + width, r, rank, stride_b, n_ok)
+                gate_h = load_h(h_rows, r, rank, row_ok, RANK_PAGE)
+                up_h = load_h(h_rows + h_stride, r, rank, row_ok, RANK_PAGE)
+                gate = tl.dot(gate_h, gate_b, gate, input_precision="ieee")
+                up = tl.dot(up_h, up_b, up, input_precision="ieee")
+        gate, up = round_to(gate, dtype), round_to(up, dtype)
 
-    gate = gate.to(tl.float32)
     # Both are gate * sigmoid(z), for (1 + tanh(z / 2)) / 2 is sigmoid(z).
     if KIND == "silu":
         z = gate
     else:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    activated = (gate / (1.0 + tl.exp(-z))).to(dtype).to(tl.float32)
-    tl.store(out + token[:, None] * width + n[None, :], (activated * up.to(tl.float32)).to(dtype), mask=ok)
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * z))
+    activated = round_to(gate * (root * root), dtype)
+    tl.store(out + token[:, None] * width + n[None, :], (activated * up).to(dtype), mask=ok)
 
 
 def _launch(

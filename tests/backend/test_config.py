@@ -48,12 +48,15 @@ def test_paths_are_relative_to_where_they_are_written(model_dir: Path, monkeypat
 
 
 def test_a_vllm_deployment(model_dir: Path):
-    arguments = {"model": "/m", "enable_lora": "true", "max_loras": 4, "max_lora_rank": 64, "enforce_eager": True}
+    arguments = {"model": "/m", "enable_lora": "true", "max_loras": 4, "max_lora_rank": 64, "seed": 1}
+    arguments |= {"enforce_eager": True, "async_scheduling": False}
     write(model_dir, "model.json", {**arguments, "tensor_parallel_size": 1, "trust_remote_code": False})
     write(model_dir, "multi_lora.json", {"doll": "/d"})
     config, notes = load(model_dir, "1", {"REPORT_CUSTOM_METRICS": "false"}, {})
     assert config.adapters == str(model_dir / "1/multi_lora.json")
     assert config.max_loras == 4
+    assert config.enforce_eager
+    assert config.async_scheduling == "false"
     assert not config.report_custom_metrics
     assert len(notes) == 2
     assert all(

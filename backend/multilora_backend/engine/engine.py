@@ -15,11 +15,13 @@ import torch
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.config import Config
-from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, SequenceStatus, Slot, StepPlan
+from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, Slot, StepPlan
 from multilora_backend.engine import memory
+from multilora_backend.engine.admission import check_submit
 from multilora_backend.engine.runner import Launched, create_runner
 from multilora_backend.engine.sampler import Sampled
-from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+from multilora_backend.engine.statistics import collect_stats
+from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
 from multilora_backend.models.lora import create_strategy
@@ -30,6 +32,8 @@ from multilora_backend.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
+CUDA_CPU_THREADS = 4
+"""torch's CPU threads beside a CUDA device: all that computes on the CPU then is the layout of adapters."""
 CHECK_ADAPTERS_S = 1.0
 """How long the start waits for the check of all adapters; with thousands of them it goes on while serving."""
 
@@ -49,6 +53,8 @@ class Engine:
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
         self.model = load_model(config)
+        if self.model.device.type == "cuda" and not config.num_threads:
+            torch.set_num_threads(min(torch.get_num_threads(), CUDA_CPU_THREADS))
         self.adapters = AdapterManager(
             Catalogue.read(config.adapters) if config.lora_enabled else None,
             self.model.sites,
@@ -77,7 +83,7 @@ class Engine:
         )
         self.runner = create_runner(config, self.model, lora)
         cuda = self.model.device.type == "cuda"
-        self._overlap = config.async_scheduling == "on" or (config.async_scheduling == "auto" and cuda)
+        self._overlap = config.async_scheduling == "true" or (config.async_scheduling == "auto" and cuda)
         self._in_flight: Launched | None = None
         self.steps = 0
         self.adapters_per_step_max = 0
@@ -88,7 +94,7 @@ class Engine:
     def submit(self, frontend: str, message: Submit) -> None:
         """Takes a request in, or answers it with Failed."""
         try:
-            self._check(message)
+            check_submit(self, message)
         except MultiloraError as error:
             self._replies[frontend].append(Failed(message.request_id, error.code, error.message))
             return
@@ -185,29 +191,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """Gauges now, totals, and what happened since the last call."""
-        waiting = self.scheduler.waiting.values()
-        adapters = self.adapters.stats()
         per_step, self._adapters_per_step = self._adapters_per_step, Counter()
-        return Stats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(waiting),
-            num_waiting_adapter=sum(s.status is SequenceStatus.WAITING_ADAPTER for s in waiting),
-            kv_cache_usage=self.pages.usage,
-            adapters_by_state=adapters.by_state,
-            max_loras=self.config.max_loras,
-            running_adapters=sorted({s.adapter for s in self.scheduler.running.values() if s.adapter}),
-            waiting_adapters=sorted({s.adapter for s in waiting if s.adapter}),
-            steps_total=self.steps,
-            preemptions_total=self.scheduler.preemptions,
-            prefix_cache_queries_total=self.pages.queries,
-            prefix_cache_hits_total=self.pages.hits,
-            adapter_loads_total=adapters.loads_total,
-            adapter_load_failures_total=adapters.load_failures_total,
-            adapter_evictions_total=adapters.evictions_total,
-            adapter_load_seconds=adapters.load_seconds,
-            adapters_per_step=dict(per_step),
-            adapters_per_step_max=self.adapters_per_step_max,
-        )
+        return collect_stats(self, dict(per_step))
 
     @property
     def idle(self) -> bool:
@@ -225,19 +210,6 @@ class Engine:
 
     def _sequences(self) -> list[Sequence]:
         return [*self.scheduler.running.values(), *self.scheduler.waiting.values()]
-
-    def _check(self, message: Submit) -> None:
-        prompt = len(message.prompt_token_ids)
-        if not 1 <= prompt < self.model.max_model_len:
-            limit = self.model.max_model_len - 1
-            raise invalid("text_input", f"must be 1 to {limit} tokens, got {prompt}")
-        if max(message.prompt_token_ids) >= self.card.vocab_size or min(message.prompt_token_ids) < 0:
-            raise invalid("text_input", f"token ids must be below the vocabulary's {self.card.vocab_size}")
-        if len(self.scheduler.waiting) + message.sampling.n > self.config.max_waiting:
-            limit = self.config.max_waiting
-            raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")
-        if message.adapter:
-            self.adapters.check(message.adapter)
 
     def _append(self, slot: Slot, sampled: Sampled) -> Output:
         """Takes in a slot's token and ends the sequence if that was its last."""

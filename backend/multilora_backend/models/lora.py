@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from multilora_backend.adapters.border import TIERS, Border, Move
 from multilora_backend.adapters.pool import DevicePool
-from multilora_backend.adapters.ranks import padded
+from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
@@ -162,6 +162,7 @@ class Bordered(Grouped):
         borders = [linear.weight.data[linear.site.width :] for linear in linears]
         self._table = CopyTable.of(pool.a, borders, [linear.slices for linear in linears])
         self._tier = 0
+        self._copy([(0, 0, PAGE)])  # compiles the kernel, so that no request waits for that
 
     @property
     def tiers(self) -> tuple[int, ...]:
@@ -201,11 +202,8 @@ class Bordered(Grouped):
         super().enter(step, segments)
         self._tier = step.tier
         if step.moves:
-            pool = self._pool
-            targets = [(move.key[0], move.start) for move in step.moves]
-            rows = [(int(pool.rank_start[slot]), start, padded(int(pool.rank[slot]))) for slot, start in targets]
-            moves = torch.tensor(rows, dtype=torch.int32, pin_memory=pool.device.type == "cuda")
-            copy_blocks(self._table, moves.to(pool.device, non_blocking=True))
+            pool, targets = self._pool, [(move.key[0], move.start) for move in step.moves]
+            self._copy([(int(pool.rank_start[s]), start, padded(int(pool.rank[s]))) for s, start in targets])
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         if not self._tier:
@@ -215,6 +213,12 @@ class Bordered(Grouped):
         y = F.linear(x, linear.weight[:end], None if linear.bias is None else linear.bias[:end])
         assert self._segments is not None
         return y[:, :width], Delta(y[:, width:], self._pool.b[linear.index], self._segments)
+
+    def _copy(self, moves: list[tuple[int, int, int]]) -> None:
+        """Queues copies from the pool into the border: (first rank there, first rank here, padded rank) of each."""
+        device = self._pool.device
+        rows = torch.tensor(moves, dtype=torch.int32, pin_memory=device.type == "cuda")
+        copy_blocks(self._table, rows.to(device, non_blocking=True))
 
 
 STRATEGIES: dict[str, Callable[[list[FusedLinear], DevicePool], LoraStrategy]] = {

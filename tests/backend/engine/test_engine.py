@@ -45,9 +45,9 @@ def expected(folder: Path) -> dict[str, list[int]]:
 
 
 MODES = [
-    {"lora_strategy": "grouped", "async_scheduling": "off"},
-    {"lora_strategy": "reference", "async_scheduling": "on"},
-    {"lora_strategy": "bordered", "async_scheduling": "on"},
+    {"lora_strategy": "grouped", "async_scheduling": "false"},
+    {"lora_strategy": "reference", "async_scheduling": "true"},
+    {"lora_strategy": "bordered", "async_scheduling": "true"},
 ]
 
 

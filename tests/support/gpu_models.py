@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny bf16 models of real head widths, an engine to drive them, and transformers with peft to judge what it computes.
+
+Everything takes a device, so that a test for CUDA runs on the CPU as well: there decode graphs are stand-ins that
+compute the padded step eagerly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tiny_models
+from multilora_backend.config import Config
+from multilora_backend.core import FinishReason, SamplingParams, Sequence
+from multilora_backend.engine.engine import Engine
+from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, sizes_up_to, tiers_for
+from multilora_backend.engine.runner import ModelRunner
+from multilora_backend.models.lora import Bordered
+from multilora_backend.protocol import Failed, Outputs, Submit
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+CUDA = [pytest.mark.gpu, NEEDS_CUDA]
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+"""Parameters of a fixture or test that runs on each."""
+TIMEOUT_S = 600
+"""Of a test on CUDA: the first one of a head width waits about a minute for FlashInfer's compiler."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {
+        "query_pre_attn_scalar": 50,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 4.0,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "gemma3_text": {"query_pre_attn_scalar": 50, "layer_types": ["full_attention", "full_attention"]},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+}
+"""Without windows and capped scores: of these FlashInfer compiles variants of their own, a minute each."""
+
+
+def save_model(folder: Path, family: str = "llama", **more: Any) -> Path:
+    """A two-layer model in bf16 with two query heads to a KV head, and a tokenizer of `tiny_models`' words."""
+    settings = {
+        "vocab_size": tiny_models.VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.15,
+        **FAMILIES[family],
+        **more,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+    for parameter in model.parameters():  # norms at 1 and biases at 0 would hide mistakes
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    words = models.WordLevel({f"w{i}": i for i in range(tiny_models.VOCAB)}, unk_token="w0")
+    Tokenizer(words).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def save_adapters(model: Path, folder: Path, adapters: dict[str, dict[str, Any]], scale: float = 0.1) -> None:
+    """PEFT adapters of random A and B (values that bf16 can hold) by name and LoraConfig fields."""
+    for seed, (name, lora) in enumerate(adapters.items()):
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        torch.manual_seed(seed)
+        settings = {"r": 8, "lora_alpha": 2 * lora.get("r", 8), "target_modules": "all-linear", **lora}
+        adapted = peft.get_peft_model(base, peft.LoraConfig(**settings))
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data.normal_(0, scale).copy_(parameter.data.bfloat16())
+        adapted.save_pretrained(folder / name)
+
+
+class Judge:
+    """transformers and peft on the same weights, in fp32 for the truth and in bf16 for how far from it bf16 is."""
+
+    def __init__(self, model: Path, adapters: Path, device: str) -> None:
+        self._model, self._adapters, self._device = model, adapters, device
+        self._modules: dict[tuple[str, torch.dtype], Any] = {}
+
+    @torch.inference_mode()
+    def logits(self, adapter: str, token_ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """[tokens, vocab] fp32 on the CPU."""
+        ids = torch.tensor([token_ids], device=self._device)
+        return self._module(adapter, dtype)(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+    def _module(self, adapter: str, dtype: torch.dtype) -> Any:
+        if (adapter, dtype) not in self._modules:
+            module: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=dtype, attn_implementation="eager")
+            if adapter:
+                # peft's default is to keep adapters in fp32 beside a bf16 model, for training.
+                folder = str(self._adapters / adapter)
+                module = peft.PeftModel.from_pretrained(module, folder, autocast_adapter_dtype=False)
+            self._modules[adapter, dtype] = module.eval().to(self._device)
+        return self._modules[adapter, dtype]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an engine computes LoRA, and whether its decode steps are graphs."""
+
+    strategy: str
+    graphs: bool
+
+    def __str__(self) -> str:
+        return f"{self.strategy}-{'graphs' if self.graphs else 'eager'}"
+
+
+BORDERED_GRAPHS = Mode("bordered", True)
+"""What CUDA gets by default."""
+
+
+@dataclass
+class Request:
+    """A request and what became of it."""
+
+    prompt: list[int]
+    adapter: str
+    token_ids: list[int]
+    reason: FinishReason | None = None
+
+
+class Driver:
+    """An engine, stepped by hand; `logits` are those that each token of sequence 0 of each request was drawn from."""
+
+    def __init__(self, folder: Path, device: str, mode: Mode = BORDERED_GRAPHS, **settings: Any) -> None:
+        """`folder` holds `model` and `adapters`. Skips the test if its mode needs what is not installed."""
+        if mode.graphs and device == "cuda":
+            pytest.importorskip("flashinfer", reason="graphs need FlashInfer")
+        defaults = {
+            "model": str(folder / "model"),
+            "adapters": str(folder / "adapters"),
+            "device": device,
+            "dtype": "bfloat16",
+            "lora_strategy": mode.strategy,
+            "enforce_eager": not mode.graphs,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 64,
+            "kv_cache_bytes": 4 * 2**20,
+            "adapter_device_bytes": 2**21,
+            # Who shares a batch must not depend on what ran before.
+            "enable_prefix_caching": False,
+        }
+        self.engine = Engine(Config(**{**defaults, **settings}), wake=lambda: None)
+        self.runner = self.engine.runner
+        self.requests: dict[int, Request] = {}
+        self.failed: dict[int, Failed] = {}
+        self.logits: dict[tuple[int, int], Tensor] = {}
+        self.batches: list[list[tuple[int, int]]] = []
+        """(request, number of the output token) of each row that was sampled, step by step."""
+        self.replayed: list[tuple[int, int, int]] = []
+        """(rows, rows of the graph, tier) of each decode step that ran in a graph."""
+        self._launch_sampler = self.runner.sampler.launch
+        self.runner.sampler.launch = self._record  # type: ignore[method-assign]
+        if mode.graphs:
+            if device == "cpu":
+                stand_in_for_graphs(self.runner, self.engine.config.max_num_seqs)
+            assert self.runner.decode_graphs is not None
+            self._find = self.runner.decode_graphs.find
+            self.runner.decode_graphs.find = self._found  # type: ignore[method-assign]
+
+    def submit(self, prompt: list[int], adapter: str = "", **sampling: Any) -> int:
+        number = len(self.requests)
+        self.requests[number] = Request(prompt, adapter, [])
+        defaults = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+        params = SamplingParams(**{**defaults, **sampling})
+        self.engine.submit("front", Submit(number, prompt, params, adapter))
+        return number
+
+    def step(self) -> bool:
+        busy = self.engine.step()
+        for message in self.engine.take_replies().get("front", []):
+            if isinstance(message, Failed):
+                self.failed[message.request_id] = message
+            elif isinstance(message, Outputs):
+                for item in message.items:
+                    request = self.requests[item.request_id]
+                    if item.index == 0:
+                        request.token_ids += item.token_ids
+                        request.reason = item.finish_reason
+        return busy
+
+    def run(self) -> Driver:
+        """Until nothing is left to do. Nothing may fail."""
+        deadline = time.monotonic() + 60
+        while True:
+            busy = self.step()
+            if self.engine.idle:
+                break
+            assert time.monotonic() < deadline, "the engine does not get done"
+            if not busy:
+                time.sleep(0.001)  # a load is under way
+        self.engine.check_idle()
+        assert not self.failed
+        return self
+
+    def preload(self, names: Iterable[str]) -> Driver:
+        """Loads adapters, so that what follows is batched alike however long a load takes."""
+        for name in names:
+            if name:
+                self.submit([3], name, max_tokens=1)
+        self.run()
+        return self.clear()
+
+    def clear(self) -> Driver:
+        """Forgets what was recorded; request numbers begin at 0 again."""
+        self.requests.clear()
+        self.logits.clear()
+        self.batches.clear()
+        self.replayed.clear()
+        return self
+
+    def logits_of(self, number: int) -> Tensor:
+        """[output tokens, vocab] fp32 on the CPU."""
+        count = len(self.requests[number].token_ids)
+        return torch.stack([self.logits[number, i] for i in range(count)]).cpu()
+
+    def _record(self, logits: Tensor, sequences: list[Sequence]) -> Any:
+        rows = [(s.key[1], s.num_output_tokens) for s in sequences]
+        self.batches.append(rows)
+        copies = logits.to(torch.float32, copy=True)
+        self.logits.update(
+            (row, copy) for row, copy, s in zip(rows, copies, sequences, strict=True) if s.key[2] == 0
+        )
+        return self._launch_sampler(logits, sequences)
+
+    def _found(self, rows: int, tier: int | None) -> DecodeGraph | None:
+        graph = self._find(rows, tier)
+        if graph is not None:
+            self.replayed.append((rows, graph.rows, graph.tier))
+        return graph
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class StandInReplay:
+    """What a captured graph does, by an eager forward pass over the inputs as they are when it is replayed."""
+
+    def __init__(self, runner: ModelRunner, rows: int, tier: int, tiles: int, logits: Tensor) -> None:
+        self._runner, self._logits = runner, logits
+        self._rows, self._tier, self._tiles = rows, tier, tiles
+
+    def replay(self) -> None:
+        lora: Any = self._runner._lora
+        segments = lora._segments if isinstance(lora, Bordered) else None
+        assert (0 if segments is None else segments.plan.num_tiles) == self._tiles
+        assert segments is None or len(segments.order) == self._rows
+        self._logits.fill_(torch.nan)
+        if isinstance(lora, Bordered):
+            lora._tier = self._tier  # a graph has the width of its GEMMs from its capture
+        self._logits[: self._rows] = self._runner.forward(self._runner._attention, self._rows, None)
+
+
+def stand_in_for_graphs(runner: ModelRunner, max_rows: int) -> None:
+    """Gives a runner on the CPU the decode graphs that it would have captured on CUDA."""
+    lora: Any = runner._lora
+    attention: Any = runner._attention
+    logits = torch.empty(max_rows, runner._model.config.vocab_size, dtype=runner._model.dtype)
+    graphs = DecodeGraphs(runner.forward, attention, lora, runner._inputs, runner._page_size, logits)
+    for rows in sizes_up_to(max_rows):
+        for tier in tiers_for(rows, lora.tiers if isinstance(lora, Bordered) else ()):
+            segments = lora.base_step(rows, tier).segments if tier else None
+            tiles = 0 if segments is None else segments.num_tiles
+            replay: Any = StandInReplay(runner, rows, tier, tiles, logits)
+            graphs._graphs.setdefault(tier, {})[rows] = DecodeGraph(rows, tier, tiles, attention, logits[:rows], replay)
+    runner.decode_graphs = graphs
