@@ -63,6 +63,8 @@ class Clock:
     device: str
     budget: float
     """About how many seconds of the device a measurement may take."""
+    tiles: int = 0
+    """Every plan gets empty tiles up to this number, as in a captured graph."""
 
     def kernel(self, case: Case, block_m: int) -> float:
         """Seconds of one call."""
@@ -88,7 +90,10 @@ class Clock:
         return statistics.median(_replay(graph) for _ in range(repeats)) / copies
 
     def _segments(self, case: Case, block_m: int) -> Segments | None:
-        return case.batch.plan(block_m).to(self.device) if case.batch.adapters else None
+        if not case.batch.adapters:
+            return None
+        plan = case.batch.plan(block_m)
+        return plan.pad_to(max(self.tiles, plan.num_tiles)).to(self.device)
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
@@ -119,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cpu" and options.tune:
         print("--tune needs a CUDA device", file=sys.stderr)
         return 1
-    clock = Clock(device, budget=0.005 if options.tune else 0.02)
+    clock = Clock(device, budget=0.005 if options.tune else 0.02, tiles=options.tiles)
     maker = Maker(LLAMA_8B, device, dtype, L2_BYTES) if device == "cuda" else Maker(SMALL, device, dtype, 0)
     names = options.batches or (TUNE_BATCHES if options.tune else QUICK_BATCHES if options.quick else BATCHES)
     ranks = options.ranks or ([16] if options.quick else [16, 64])
@@ -201,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ops", type=lambda text: text.split(","), help=f"of {','.join(OPS)}")
     result.add_argument("--batches", type=lambda text: text.split(","), help="tokens/adapters, like 32/4,256/16")
     result.add_argument("--ranks", type=report.integers)
+    result.add_argument("--tiles", type=int, default=0, help="fill plans up with empty tiles, as captured graphs do")
     result.add_argument("--seconds", type=float, default=float("inf"), help="stop after that time, with what there is")
     result.add_argument("--json", type=Path, help="write the figures there")
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,23 +14,26 @@ from kernel_cases import Case
 
 BLOCK_M = "block_m"
 """Of the plan, not of a file: all kernels of a step share it."""
-CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+Value = int | tuple[int, ...]
+"""Of several constants, separated by spaces: one for all or one for each."""
+CHOICES: dict[str, dict[str, Sequence[Value]]] = {
     "grouped_shrink": {
         BLOCK_M: (16, 32, 64),
         "MAX_BLOCK_C": (16, 32, 64, 128),
-        "BLOCK_K": (64, 128, 256, 512),
+        "BLOCK_K BLOCK_K_NARROW": (64, 128, 256, 512),
         "NUM_STAGES": (3, 4, 5),
         "NUM_WARPS": (2, 4, 8),
     },
     "grouped_expand": {
         BLOCK_M: (16, 32, 64),
-        "BLOCK_N": (64, 128, 256, 512),
-        "NUM_WARPS": (2, 4, 8),
+        "BLOCK_N NUM_WARPS": ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8), (512, 8)),
     },
     "gated_activation": {
         BLOCK_M: (16, 32, 64),
-        "BLOCK_N_DELTA": (64, 128, 256),
-        "NUM_WARPS_SMALL_M NUM_WARPS_LARGE_M": (2, 4, 8),
+        "BLOCK_N_DELTA NUM_WARPS_SMALL_M NUM_WARPS_LARGE_M": (
+            *((32, 1, 1), (64, 1, 1), (64, 2, 2), (64, 4, 4), (128, 2, 2), (128, 4, 4), (128, 8, 8), (256, 4, 4)),
+            (256, 8, 8),
+        ),
     },
     "rope_write": {
         BLOCK_M: (16, 32, 64),
@@ -39,7 +42,7 @@ CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
     "add_rmsnorm": {"VALUES_PER_WARP": (128, 256, 512, 1024)},
     "copy_blocks": {"BLOCK_WORDS": (1024, 2048, 4096, 8192), "CHUNKS": (4, 8, 16, 32), "NUM_WARPS": (4, 8)},
 }
-CHOICES_WITHOUT_LORA: dict[str, dict[str, tuple[int, ...]]] = {
+CHOICES_WITHOUT_LORA: dict[str, dict[str, Sequence[Value]]] = {
     "gated_activation": {"BLOCK_N": (512, 1024, 2048, 4096), "NUM_WARPS": (2, 4, 8)},
     "rope_write": {"VALUES_PER_PROGRAM": (256, 512, 1024, 2048), "NUM_WARPS": (1, 2, 4)},
 }
@@ -47,7 +50,7 @@ CHOICES_WITHOUT_LORA: dict[str, dict[str, tuple[int, ...]]] = {
 FILES = {"gated_activation": "activation", "rope_write": "rope", "add_rmsnorm": "rmsnorm"}
 """Where a file is not called like its op."""
 
-Setting = tuple[tuple[str, int], ...]
+Setting = tuple[tuple[str, Value], ...]
 """Constants that differ from what they are, by name."""
 
 
@@ -72,14 +75,16 @@ def tune(case: Case, block_m: int, measure: Callable[[Case, int], float]) -> Tun
         if setting not in tuned.seconds:
             own = {name: value for name, value in setting if name != BLOCK_M}
             with constants(module, own):
-                tuned.seconds[setting] = _measure(case, dict(setting).get(BLOCK_M, block_m), measure)
+                rows = dict(setting).get(BLOCK_M, block_m)
+                assert isinstance(rows, int)
+                tuned.seconds[setting] = _measure(case, rows, measure)
 
     try_setting(())
     for name, values in choices.items():
         others = dict(tuned.best)
         others.pop(name, None)
         for value in values:
-            if value != (block_m if name == BLOCK_M else _current(module, name, block_m)):
+            if value not in ((block_m,) if name == BLOCK_M else _current(module, name, block_m)):
                 try_setting(tuple(sorted({**others, name: value}.items())))
     return tuned
 
@@ -93,17 +98,21 @@ def _measure(case: Case, block_m: int, measure: Callable[[Case, int], float]) ->
         return math.inf
 
 
-def _current(module: Any, names: str, block_m: int) -> int:
-    value = getattr(module, names.split()[0])
-    return value[block_m] if isinstance(value, dict) else value
+def _current(module: Any, names: str, block_m: int) -> tuple[Value, ...]:
+    """The values of these constants, each way that they may be written."""
+    found = [getattr(module, name) for name in names.split()]
+    values = tuple(value[block_m] if isinstance(value, dict) else value for value in found)
+    return (values, values[0]) if len(set(values)) == 1 else (values,)
 
 
 @contextmanager
-def constants(module: Any, values: dict[str, int]) -> Iterator[None]:
+def constants(module: Any, settings: dict[str, Value]) -> Iterator[None]:
     """A module whose constants have these values for a while; of a table by block_m, every entry."""
     before = {}
-    for names, value in values.items():
-        for name in names.split():
+    for names, setting in settings.items():
+        split = names.split()
+        values = setting if isinstance(setting, tuple) else (setting,) * len(split)
+        for name, value in zip(split, values, strict=True):
             before[name] = getattr(module, name)
             setattr(module, name, dict.fromkeys(before[name], value) if isinstance(before[name], dict) else value)
     try:

@@ -26,3 +26,12 @@ class Delta:
     """[R, N] rank-major pool of this linear, rows dense, y's dtype, multiplied by the adapters' scale."""
     segments: Segments
     """The step's tokens by adapter, on h's device."""
+
+    def require(self, op: str, name: str, rows: int, columns: int) -> None:
+        """Raises ValueError unless this fits the output `name`, [rows, columns], of a fused linear."""
+        num_tokens = self.segments.plan.num_tokens
+        if not (self.b.shape[1] == columns and rows == self.h.shape[0] == num_tokens):
+            raise ValueError(
+                f"{op}: {name} is {rows} x {columns}, but delta has {self.b.shape[1]} columns in b, "
+                f"{self.h.shape[0]} rows in h and a plan for {num_tokens} tokens"
+            )

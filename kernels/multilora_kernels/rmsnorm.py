@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from multilora_kernels._triton import jit, require_layout, tl, use_kernel
+from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 
-# Not measured yet. A program holds one row in registers: at 4,096 columns 8 warps have 16 values a thread, two
-# 16-byte loads from x and two from the residual, all of them in flight before the first sum.
+# A program holds one row in registers: at 4,096 columns 8 warps have 16 values a thread, two 16-byte loads from x and
+# two from the residual, all of them in flight before the first sum. 128 to 1,024 values a warp are within noise: 4.1 us
+# for 256 x 4096 and 20.6 for 2048 x 4096 bf16 (H200, cold L2, 2026-11-24), 3.0 for 256 in a model.
 VALUES_PER_WARP = 512
 MAX_WARPS = 16
 
@@ -62,7 +64,7 @@ def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, gemma: bool, inner_weight: Tensor | None
 ) -> Tensor:
     rows, n = x.shape
-    require_layout("add_rmsnorm", weight.dtype, x=x)
+    stride_x = row_stride("add_rmsnorm", "x", x, weight.dtype)
     if residual is not None and not (
         residual.is_contiguous() and residual.dtype == x.dtype and residual.shape == x.shape
     ):
@@ -74,7 +76,7 @@ def _launch(
     if rows:
         block_n = 1 << (n - 1).bit_length()
         _rmsnorm_kernel[(rows,)](
-            x, residual, weight, inner_weight, out, x.stride(0), eps, N=n, BLOCK_N=block_n, GEMMA=gemma,
+            x, residual, weight, inner_weight, out, stride_x, eps, N=n, BLOCK_N=block_n, GEMMA=gemma,
             num_warps=warps_for(block_n),
         )  # fmt: skip
     return out
@@ -86,6 +88,7 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::add_rmsnorm", ("cpu", "cuda"), _launch)
+OP = torch.ops.multilora.add_rmsnorm.default
 
 
 @torch.library.register_fake("multilora::add_rmsnorm")
@@ -116,11 +119,14 @@ def add_rmsnorm(
     Returns: [T, N] contiguous, x's dtype. Equals transformers' LlamaRMSNorm and Gemma3RMSNorm but for the order of the
     sum of squares. The kernel runs on CUDA, the torch reference elsewhere.
     """
-    for name, vector in (("weight", weight), ("inner_weight", inner_weight)):
-        if vector is not None and vector.shape != x.shape[1:]:
-            raise ValueError(f"add_rmsnorm: {name} must be {list(x.shape[1:])}, got {list(vector.shape)}")
+    shape = x.shape[1:]
+    if weight.shape != shape:
+        raise ValueError(f"add_rmsnorm: weight must be {list(shape)}, got {list(weight.shape)}")
+    if inner_weight is not None and inner_weight.shape != shape:
+        raise ValueError(f"add_rmsnorm: inner_weight must be {list(shape)}, got {list(inner_weight.shape)}")
     if use_kernel(x):
-        return torch.ops.multilora.add_rmsnorm.default(x, residual, weight, eps, gemma, inner_weight)
+        launch = OP if is_compiling() else _launch
+        return launch(x, residual, weight, eps, gemma, inner_weight)
     return add_rmsnorm_reference(x, residual, weight, eps, gemma, inner_weight)
 
 

@@ -7,13 +7,22 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
+import multilora_kernels
+from multilora_backend.adapters.border import TIERS
 from multilora_backend.cli import config_reference
 from multilora_backend.frontend.sampling import SCALARS
+from multilora_backend.models.flashinfer_attention import HEAD_DIMS
+from multilora_backend.models.loader import STATIC_ROPE, SUPPORTED
+from multilora_backend.models.lora import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["README.md", "docs/architecture.md", "docs/performance.md"]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+KERNELS = [name.removesuffix("_reference") for name in multilora_kernels.__all__ if name.endswith("_reference")]
 
 
 def test_the_configuration_table_is_the_code():
@@ -27,6 +36,51 @@ def test_every_sampling_parameter_is_documented(name: str):
     assert f"`{name}`" in README
 
 
+@pytest.mark.parametrize("name", [*SUPPORTED, *STATIC_ROPE, *STRATEGIES])
+def test_every_model_rope_and_strategy_is_in_the_readme(name: str):
+    assert f"`{name}`" in README
+
+
+def test_the_limits_are_those_of_the_code():
+    assert f"more than {TIERS[-1]:,} ranks together" in README
+    assert "heads are not of {}, {} or {}".format(*HEAD_DIMS) in README
+    assert "covers 0, {}, {}, {}, {} or {:,} ranks".format(*TIERS) in ARCHITECTURE
+
+
+def test_the_extras_that_are_named_exist():
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r"\.\[([a-z,]+)\]'", README)
+    assert named
+    for extra in ",".join(named).split(","):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_make_targets_that_are_named_exist(document: str):
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE))
+    assert named <= targets
+
+
+def test_every_script_that_make_runs_exists():
+    scripts = re.findall(r"(?:benchmarks|examples|scripts)/\w+\.(?:py|sh)", MAKEFILE)
+    assert "benchmarks/engine.py" in scripts
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_setup_installs_a_flashinfer_that_the_extra_allows():
+    pinned = re.search(r"flashinfer-python==(\S+)", (ROOT / "scripts/setup.sh").read_text())
+    allowed = re.search(r'"flashinfer-python(.+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned
+    assert allowed
+    assert SpecifierSet(allowed[1]).contains(pinned[1])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_architecture_names_every_kernel(name: str):
+    assert name in ARCHITECTURE
+
+
 @pytest.mark.parametrize("path", re.findall(r"`([a-z_]+/[a-z_/0-9]+\.py)`", ARCHITECTURE))
 def test_the_architecture_names_files_that_exist(path: str):
     assert (ROOT / path).exists() or (ROOT / "backend/multilora_backend" / path).exists()
@@ -38,7 +92,7 @@ def test_the_architecture_names_every_package():
             assert f"`multilora_backend.{folder.name}`" in ARCHITECTURE
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/performance.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

@@ -51,7 +51,7 @@ def _run_child(session: pytest.Session) -> tuple[dict[str, list[dict]], str]:
         return json.loads(out.read_text()) if out.exists() else {}, child.stdout
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if INTERPRETED or triton is None or not _wants_interpreter(item):
         return None
     if _child_run not in item.session.stash:
@@ -65,6 +65,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         lost = f"the child process that runs the interpreter gave no report:\n{output}"
         report = pytest.TestReport(item.nodeid, item.location, {}, "failed", lost, "call")
         item.ihook.pytest_runtest_logreport(report=report)
+    # The item before may have left its file's fixtures set up for this one, which does not run here.
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 

@@ -7,20 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from multilora_kernels import Delta
-from multilora_kernels._triton import INTERPRETED, triton
-from multilora_kernels.activation import (
-    BLOCK_N,
-    BLOCK_N_DELTA,
-    KINDS,
-    NUM_STAGES,
-    NUM_WARPS,
-    NUM_WARPS_LARGE_M,
-    NUM_WARPS_SMALL_M,
-    _activation_kernel,
-    gated_activation,
-    gated_activation_reference,
-)
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+from multilora_kernels.activation import KINDS, gated_activation, gated_activation_reference
 
 HF_NAMES = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 RANKS = (1, 8, 12, 40)
@@ -189,47 +176,3 @@ def test_wrong_arguments_are_refused(target, make_case, op):
         op(case.y, "silu", Delta(delta.h, case.b.double(), delta.segments))
     with pytest.raises(ValueError, match="gate_up must be dense in its last dimension"):
         op(case.y.T.contiguous().T, "silu")
-
-
-def ptx_for_sm90(with_delta: bool, block_m: int, block_n: int, rank_block: int, num_warps: int) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {"gate_up": "*bf16", "out": "*bf16", "width": "i32", "stride_gate_up": "i32"}
-    types |= {"h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"} if with_delta else {}
-    types |= {"stride_h": "i32", "stride_b": "i32"} if with_delta else {}
-    constants = dict.fromkeys(_activation_kernel.arg_names) | {
-        "KIND": "silu", "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank_block,
-        "TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE,
-    }  # fmt: skip
-    names = _activation_kernel.arg_names
-    source = ASTSource(
-        fn=_activation_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): constants[name] for i, name in enumerate(names) if name not in types},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types},
-    )
-    options = {"num_warps": num_warps, "num_stages": NUM_STAGES, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-needs_compiler = pytest.mark.skipif(triton is None or INTERPRETED, reason="needs Triton-lang's compiler")
-
-
-@needs_compiler
-def test_compiles_to_wide_loads_without_delta():
-    ptx = ptx_for_sm90(False, 1, BLOCK_N, 1, NUM_WARPS)
-    assert ptx.count("ld.global.v4.b32") == 2, "one of gate and one of up a thread"
-    assert ptx.count("ld.global") == 2
-    assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == 1
-
-
-@needs_compiler
-@pytest.mark.parametrize(("block_m", "rank_block"), [(16, 16), (16, 32), (32, 16), (64, 16), (64, 32), (128, 32)])
-def test_compiles_to_wide_loads_with_delta(block_m, rank_block):
-    large = block_m >= LARGE_BLOCK_M
-    num_warps = NUM_WARPS_LARGE_M if large else NUM_WARPS_SMALL_M
-    ptx = ptx_for_sm90(True, block_m, BLOCK_N_DELTA, rank_block, num_warps)
-    assert ("wgmma.mma_async" in ptx) == large
-    assert "global.b16" not in ptx, "nothing is read or written element by element"
-    assert ptx.count("st.global.v4.b32") == ptx.count("st.global")

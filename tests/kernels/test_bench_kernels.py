@@ -62,9 +62,25 @@ def test_the_search_finds_a_planted_best_and_leaves_the_constants_alone(script):
         return 1 + abs(block_m - 32) + abs(kernel.BLOCK_K[16] - 128) + abs(kernel.NUM_WARPS[16] - 4)
 
     tuned = tuning.tune(case, 16, seconds)
-    assert dict(tuned.best) == {"block_m": 32, "BLOCK_K": 128}
+    assert dict(tuned.best) == {"block_m": 32, "BLOCK_K BLOCK_K_NARROW": 128}
     assert tuned.seconds[()] == 1 + 16 + 128
     assert {name: value for name, value in vars(kernel).items() if name.isupper()} == before
+
+
+def test_constants_are_searched_together_or_each_with_its_own_value(script):
+    tuning = importlib.import_module("kernel_tuning")
+    kernel = importlib.import_module("multilora_kernels.activation")
+    before = kernel.BLOCK_N, kernel.NUM_WARPS
+    with tuning.constants(kernel, {"BLOCK_N NUM_WARPS": (64, 2)}):
+        assert (kernel.BLOCK_N, kernel.NUM_WARPS) == (64, 2)
+    with tuning.constants(kernel, {"BLOCK_N NUM_WARPS": 8}):
+        assert (kernel.BLOCK_N, kernel.NUM_WARPS) == (8, 8)
+    assert before == (kernel.BLOCK_N, kernel.NUM_WARPS)
+
+
+def test_empty_tiles_are_added_as_in_a_captured_graph(script):
+    case = script.Maker(script.SMALL, "cpu", torch.float32, 0).grouped_expand(script.Batch(5, 2, 9), "o")
+    assert [len(script.Clock("cpu", 0, tiles)._segments(case, 16).tiles) for tiles in (0, 7)] == [2, 7]
 
 
 def test_every_constant_that_is_searched_exists(script):

@@ -8,69 +8,151 @@ from typing import Any
 
 import pytest
 
+from multilora_kernels import activation, rope
 from multilora_kernels._triton import INTERPRETED, triton
+from multilora_kernels.activation import _activation_kernel
 from multilora_kernels.copy_blocks import _copy_kernel
 from multilora_kernels.grouped_expand import _expand_kernel
-from multilora_kernels.grouped_shrink import BLOCK_K, NUM_STAGES, _shrink_kernel
+from multilora_kernels.grouped_shrink import NUM_STAGES, _shrink_kernel, block_k_for
+from multilora_kernels.rope_kernel import rope_kernel
 from multilora_kernels.segments import BLOCK_M_CHOICES, LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
 
 pytestmark = pytest.mark.skipif(
     triton is None or INTERPRETED, reason="needs Triton-lang's compiler, not its interpreter"
 )
+TILE = {"TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE}
+BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 16), (64, 32), (128, 32)]
 
 
-def ptx_for_sm90(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], num_warps: int, num_stages: int
-) -> str:
-    """PTX for arguments that are all divisible by 16, as they are at the shapes of real models."""
+def compile_for_sm90(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    """Assembly by kind, "ptx" and "sass", at the shapes of real models: pointers and integers are divisible by 16.
+
+    `types` by argument, i32 where it names none; `constants` are fixed when the kernel is compiled.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(
         fn=kernel,
-        signature=types,
+        signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name] not in ("constexpr", "fp32")
+        },
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-def check_no_atomics(ptx: str) -> None:
+    asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    ptx = asm["ptx"]
     assert not re.search(r"\b(atom|red)\.", ptx), "results must not depend on scheduling"
+    assert not re.search(r"ld\.global[\w.]*\.b16", ptx), "nothing is read element by element"
+    return asm
 
 
-TILE = {"TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE}
+def check_writes_wide(ptx: str) -> None:
+    assert not re.search(r"st\.global[\w.]*\.b16", ptx), "nothing is written element by element"
+    assert re.search(r"st\.global\.v4\.b32", ptx)
+
+
+def wide_loads_before_the_first_wait(asm: Any) -> int:
+    """In machine code, where the assembler has chosen the order: before a value of any load goes to shared memory."""
+    return len(re.findall(r"LDG\.E\.128", re.split(r"\bSTSM?\b", asm["sass"])[0]))
 
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
 @pytest.mark.parametrize("block_c", [16, 64])
 def test_shrink_reads_wide_and_in_stages(block_m, block_c):
-    pointers = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "order": "*i32", "tiles": "*i32"}
-    constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": BLOCK_K[block_m], **TILE}
-    ptx = ptx_for_sm90(_shrink_kernel, pointers, constants, num_warps=4, num_stages=NUM_STAGES)
-    check_no_atomics(ptx)
+    types = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "order": "*i32", "tiles": "*i32"}
+    constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k_for(block_m, block_c, 2), **TILE}
+    ptx = compile_for_sm90(_shrink_kernel, types, constants, num_warps=4, num_stages=NUM_STAGES)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
     assert re.search(r"cp\.async\.cg.*, 0x10", ptx), "x and A arrive 16 bytes at a time, while others are multiplied"
-    assert not re.search(r"ld\.global[\w.]*\.b16", ptx), "nothing is read element by element"
 
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
 @pytest.mark.parametrize("rank_block", [16, 32])
 def test_expand_reads_and_writes_wide(block_m, rank_block):
-    pointers = {"y": "*bf16", "h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"}
+    types = {"y": "*bf16", "h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"}
     constants = {"WIDTHS": (4096, 1024, 1024), "BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_R": rank_block, **TILE}
-    ptx = ptx_for_sm90(_expand_kernel, pointers, constants, num_warps=4, num_stages=1)
-    check_no_atomics(ptx)
+    ptx = compile_for_sm90(_expand_kernel, types, constants, num_warps=4, num_stages=1)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
-    assert not re.search(r"(ld|st)\.global[\w.]*\.b16", ptx), "nothing is read or written element by element"
-    assert re.search(r"st\.global\.v4\.b32", ptx)
+    check_writes_wide(ptx)
 
 
 def test_copy_moves_sixteen_bytes_at_a_time():
     constants = {"SITE_FIELDS": 4, "MOVE_FIELDS": 3, "WORD_BYTES": 4, "ALIGNMENT": 16, "BLOCK_WORDS": 4096}
-    ptx = ptx_for_sm90(_copy_kernel, {"addresses": "*i64", "moves": "*i32"}, constants, num_warps=8, num_stages=3)
+    ptx = compile_for_sm90(_copy_kernel, {"addresses": "*i64", "moves": "*i32"}, constants, num_warps=8)["ptx"]
     assert re.search(r"ld\.global\.v4\.b32", ptx)
     assert re.search(r"st\.global\.v4\.b32", ptx)
+
+
+def compile_activation(block_m: int, rank_block: int) -> Any:
+    """Without LoRA at block_m 1."""
+    with_delta, large = block_m > 1, block_m >= LARGE_BLOCK_M
+    types = {"gate_up": "*bf16", "out": "*bf16", "h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"}
+    none = {} if with_delta else dict.fromkeys(("h", "b", "order", "tiles", "stride_h", "stride_b"))
+    block_n, num_warps = activation.BLOCK_N, activation.NUM_WARPS
+    if with_delta:
+        block_n = activation.BLOCK_N_DELTA
+        num_warps = activation.NUM_WARPS_LARGE_M if large else activation.NUM_WARPS_SMALL_M
+    constants = {"KIND": "silu", "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank_block, **TILE, **none}
+    options = {"num_warps": num_warps, "num_stages": activation.NUM_STAGES, "enable_fp_fusion": False}
+    return compile_for_sm90(_activation_kernel, types, constants, **options)
+
+
+def test_activation_without_delta_reads_and_writes_wide():
+    ptx = compile_activation(1, 1)["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 2, "one of gate and one of up a thread"
+    assert ptx.count("ld.global") == 2
+    assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == 1
+
+
+@pytest.mark.parametrize(("block_m", "rank_block"), BLOCKS)
+def test_activation_with_delta_reads_wide(block_m, rank_block):
+    asm = compile_activation(block_m, rank_block)
+    check_writes_wide(asm["ptx"])
+    assert ("wgmma.mma_async" in asm["ptx"]) == (block_m >= LARGE_BLOCK_M)
+    if (block_m, rank_block) == (16, 16):
+        assert wide_loads_before_the_first_wait(asm) == 8, "two each of gate, up and their B"
+
+
+def compile_rope(block_m: int, rank_block: int, d: int, rotary: int, norm: bool) -> Any:
+    """Without LoRA at block_m 1."""
+    with_delta, large = block_m > 1, block_m >= LARGE_BLOCK_M
+    pointers = ("qkv", "cos", "sin", "q", "kv_cache", "q_norm", "k_norm", "h", "b")
+    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("slots", "order", "tiles"), "*i32") | {"eps": "fp32"}
+    none = [] if with_delta else ["h", "b", "order", "tiles", "stride_h", "stride_b"]
+    none += [] if norm else ["q_norm", "k_norm"]
+    heads, half, rest = rope.blocks_for(32, 8, d, rotary, with_delta, rope.VALUES_PER_PROGRAM)[1:]
+    constants = {
+        "HEADS": 32, "KV_HEADS": 8, "PAGE_SIZE": 16, "D": d, "R": rotary, "GEMMA": False, "BLOCK_HEADS": heads,
+        "BLOCK_M": block_m, "BLOCK_R": rank_block, "BLOCK_HALF": half, "BLOCK_REST": rest,
+        **TILE, **dict.fromkeys(none),
+    }  # fmt: skip
+    num_warps = rope.NUM_WARPS
+    if with_delta:
+        num_warps = rope.NUM_WARPS_LARGE_M if large else rope.NUM_WARPS_SMALL_M
+    options = {"num_warps": num_warps, "num_stages": rope.NUM_STAGES, "enable_fp_fusion": False}
+    return compile_for_sm90(rope_kernel, types, constants, **options)
+
+
+@pytest.mark.parametrize(("d", "rotary"), [(64, 64), (128, 128), (256, 256), (128, 96)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rope_without_delta_waits_for_no_load_before_the_next(d, rotary, norm):
+    ptx = compile_rope(1, 1, d, rotary, norm)["ptx"]
+    assert ptx.count("ld.global.v4.b32") >= 6, "x, cos and sin"
+    assert ptx.count("ld.global.b32") <= 2, "the slot"
+    assert "bar.sync" not in ptx
+    check_writes_wide(ptx)
+
+
+@pytest.mark.parametrize(("block_m", "rank_block"), BLOCKS)
+@pytest.mark.parametrize(("d", "rotary", "norm"), [(128, 128, False), (128, 96, True)])
+def test_rope_with_delta_reads_wide(block_m, rank_block, d, rotary, norm):
+    asm = compile_rope(block_m, rank_block, d, rotary, norm)
+    check_writes_wide(asm["ptx"])
+    assert ("wgmma.mma_async" in asm["ptx"]) == (block_m >= LARGE_BLOCK_M)
+    if (block_m, rank_block, norm) == (16, 16, False):
+        assert wide_loads_before_the_first_wait(asm) == 8, "two each of x, B, cos and sin"

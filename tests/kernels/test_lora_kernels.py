@@ -140,7 +140,9 @@ def test_wrong_tensors_are_refused(target, make_case):
         grouped_expand(y, delta, (150, 33))
     with pytest.raises(ValueError, match="h must have dtype"):
         grouped_expand(y, replace(delta, h=delta.h.double()), case.widths)
-    with pytest.raises(ValueError, match="y has 1 rows and h 2, the plan 2 tokens"):
+    with pytest.raises(
+        ValueError, match="y is 1 x 190, but delta has 190 columns in b, 2 rows in h and a plan for 2 tokens"
+    ):
         grouped_expand(y[:1], delta, case.widths)
     assert torch.equal(y, case.y)
 

@@ -11,18 +11,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from multilora_kernels import Delta
-from multilora_kernels._triton import INTERPRETED, triton
-from multilora_kernels.rope import (
-    NUM_STAGES,
-    NUM_WARPS,
-    NUM_WARPS_LARGE_M,
-    NUM_WARPS_SMALL_M,
-    _rope_kernel,
-    blocks_for,
-    rope_write,
-    rope_write_reference,
-)
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+from multilora_kernels.rope import rope_write, rope_write_reference
 
 EPS = 1e-5
 PAGE_SIZE = 4
@@ -303,7 +292,7 @@ def test_wrong_tensors_are_refused(target, make_case):
             {"kv_cache": cache.transpose(2, 3)},
             r"kv_cache must be \[pages, 2, page_size, 1, D\] and dense within a page",
         ),
-        ({"kv_cache": cache.double()}, "kv_cache must have dtype"),
+        ({"kv_cache": cache.double()}, "kv_cache, cos and sin must have dtype"),
         ({"cos": setup.cos[:1]}, "cos and sin must be contiguous and of one shape with 2 rows"),
         ({"cos": setup.cos[:, :10]}, "cos and sin must be contiguous"),
         ({"cos": setup.cos[:, :11].clone(), "sin": setup.sin[:, :11].clone()}, "the rotary width must be even"),
@@ -322,51 +311,3 @@ def test_wrong_tensors_are_refused(target, make_case):
         with pytest.raises(ValueError, match=message):
             rope_write(**{**good, **wrong})
     assert (cache == UNTOUCHED).all()
-
-
-def ptx_for_sm90(with_delta: bool, block_m: int, rank_block: int, d: int, rotary: int, norm: bool) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    pointers = ["qkv", "cos", "sin", "q", "kv_cache"] + ["h", "b"] * with_delta + ["q_norm", "k_norm"] * norm
-    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(["slots"] + ["order", "tiles"] * with_delta, "*i32")
-    types |= dict.fromkeys(["stride_qkv", "stride_page"] + ["stride_h", "stride_b"] * with_delta, "i32")
-    types["eps"] = "fp32"
-    constants = {
-        "HEADS": 32, "KV_HEADS": 8, "PAGE_SIZE": 16, "D": d, "R": rotary, "GEMMA": False,
-        "BLOCK_M": block_m, "BLOCK_R": rank_block, **blocks_for(32, 8, d, rotary, with_delta)[1],
-        "TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE,
-    }  # fmt: skip
-    names = _rope_kernel.arg_names
-    source = ASTSource(
-        fn=_rope_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): constants.get(name) for i, name in enumerate(names) if name not in types},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "fp32") != "fp32"},
-    )
-    num_warps = NUM_WARPS if not with_delta else NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
-    options = {"num_warps": num_warps, "num_stages": NUM_STAGES, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-
-
-needs_compiler = pytest.mark.skipif(triton is None or INTERPRETED, reason="needs Triton-lang's compiler")
-
-
-@needs_compiler
-@pytest.mark.parametrize(("d", "rotary"), [(64, 64), (128, 128), (256, 256), (128, 96)])
-@pytest.mark.parametrize("norm", [False, True])
-def test_compiles_to_wide_loads_without_delta(d, rotary, norm):
-    ptx = ptx_for_sm90(False, 1, 1, d, rotary, norm)
-    assert "global.b16" not in ptx, "nothing is read or written element by element"
-    assert ptx.count("ld.global.v4.b32") >= 6, "x, cos and sin"
-    assert ptx.count("ld.global.b32") <= 2, "the slot"
-    assert "bar.sync" not in ptx, "no load waits for another"
-
-
-@needs_compiler
-@pytest.mark.parametrize(("block_m", "rank_block"), [(16, 16), (16, 32), (32, 16), (64, 16), (64, 32), (128, 32)])
-@pytest.mark.parametrize(("d", "rotary", "norm"), [(128, 128, False), (128, 96, True)])
-def test_compiles_to_wide_loads_with_delta(block_m, rank_block, d, rotary, norm):
-    ptx = ptx_for_sm90(True, block_m, rank_block, d, rotary, norm)
-    assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
-    assert "global.b16" not in ptx, "nothing is read or written element by element"

@@ -145,8 +145,9 @@ def test_out_of_range_is_refused_by_name(rows, ranks, h_start, block_m, message)
 
 def test_block_m_grows_with_tokens_but_not_beyond_what_groups_fill():
     assert block_m_for(num_tokens=256, num_groups=64) == 16
-    assert block_m_for(num_tokens=2048, num_groups=4) == 32
-    assert block_m_for(num_tokens=8192, num_groups=4) == 64
+    assert block_m_for(num_tokens=2048, num_groups=4) == 16
+    assert block_m_for(num_tokens=8192, num_groups=4) == 32
+    assert block_m_for(num_tokens=32768, num_groups=4) == 64
     assert block_m_for(num_tokens=8192, num_groups=1024) == 16
     assert block_m_for(num_tokens=0, num_groups=0) in BLOCK_M_CHOICES
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -29,9 +30,10 @@ class Step:
 def steps(draw: st.DrawFn, decode: bool = False) -> Step:
     """Chunks of prompts and decodes in any order, some of whose newest tokens only the device knows."""
     page_size = draw(st.sampled_from([1, 3, 4, 16]))
-    free = draw(st.permutations(range(1, 200)))
     count = draw(st.integers(1, 7))
     rows = draw(st.permutations(range(count)))
+    # Not drawn one by one: where pages lie is no reason for a smaller example.
+    free = random.Random(draw(st.integers(0, 9))).sample(range(1, 300), 299)
     slots, previous = [], {}
     for number in range(count):
         length = draw(st.integers(1, 40))

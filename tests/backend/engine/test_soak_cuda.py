@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything at once for MULTILORA_SOAK_SECONDS: nothing fails, nothing leaks, and the logits stay right.
+
+More adapters than the pool or the host cache hold, more sequences than there are pages for, requests of all kinds that
+arrive and are aborted at random.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpu_models
+from gpu_models import DEVICES, TIMEOUT_S, Driver, Judge, Request, check_logits
+from multilora_backend.adapters.state import AdapterState
+from multilora_backend.core import FinishReason
+from multilora_backend.protocol import Abort
+
+SECONDS = float(os.environ.get("MULTILORA_SOAK_SECONDS", "20"))
+CPU_SECONDS = 3.0
+pytestmark = pytest.mark.timeout(2 * SECONDS + TIMEOUT_S)
+
+RANKS = (3, 5, 8, 8, 12, 16, 16, 20, 24, 3, 33, 40, 8, 16)
+ADAPTERS = {f"adapter-{i}": {"r": rank} for i, rank in enumerate(RANKS)}
+BYTES_PER_RANK = 8960
+"""Of the model of gpu_models: two layers with A and B of four linears in bf16."""
+PAGE_BYTES = 16 * 1024
+MOST_OPEN = 40
+VOCAB = 61
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[None]:
+    yield
+    gpu_models.free_drivers()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("soak")
+    gpu_models.save_model(root / "model")
+    gpu_models.save_adapters(root / "model", root / "adapters", ADAPTERS)
+    return root
+
+
+class Traffic:
+    """Random requests and aborts; takes in the answers and forgets them, but for the latest whose logits were kept."""
+
+    def __init__(self, driver: Driver, seed: int) -> None:
+        self.driver = driver
+        self.rng = random.Random(seed)
+        self.answered = self.aborted = 0
+        self.kept: deque[Request] = deque(maxlen=60)
+        driver.record_every = 10
+        driver.batches = None
+
+    def run(self, seconds: float) -> None:
+        """Then until the engine has nothing left to do."""
+        driver, end, steps = self.driver, time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            if len(driver.requests) < MOST_OPEN and self.rng.random() < 0.5:
+                self._submit()
+            if driver.requests and self.rng.random() < 0.03:
+                self._abort()
+            if not driver.step():
+                time.sleep(0.001)
+            self._settle()
+            steps += 1
+            if steps % 50 == 0:
+                driver.engine.stats()  # as the server does; what has happened is kept until somebody asks
+        driver.run()
+        self._settle()
+        driver.replayed.clear()
+        assert not driver.requests
+
+    def _submit(self) -> None:
+        rng = self.rng
+        prompt = [rng.randrange(3, VOCAB) for _ in range(rng.choice((1, 2, 10, 30, 100)))]
+        if rng.random() < 0.3:
+            prompt[:20] = list(range(10, 30))  # beginnings that requests share
+        adapter = rng.choice(["", "", *ADAPTERS])
+        sampling: dict[str, Any] = {"max_tokens": rng.randint(1, 40), "temperature": rng.choice((0.0, 0.7, 1.3))}
+        options = {
+            "seed": rng.randrange(2**40),
+            "top_p": 0.9,
+            "top_k": 11,
+            "min_p": 0.02,
+            "repetition_penalty": 1.2,
+            "presence_penalty": 0.4,
+            "frequency_penalty": -0.3,
+            "logprobs": rng.randint(0, 5),
+            "logit_bias": {rng.randrange(VOCAB): 2.0},
+            "min_tokens": min(3, sampling["max_tokens"]),
+            "stop_token_ids": (5, 6),
+            "ignore_eos": False,
+            "n": rng.randint(2, 3),
+        }
+        sampling |= {name: options[name] for name in rng.sample(list(options), rng.choice((0, 0, 1, 3)))}
+        self.driver.submit(prompt, adapter, **sampling)
+
+    def _abort(self) -> None:
+        number = self.rng.choice(list(self.driver.requests))
+        request = self.driver.requests[number]
+        index = self.rng.choice((-1, self.rng.randrange(request.sampling.n)))
+        self.driver.engine.abort("front", Abort(number, index))
+        for ended in range(request.sampling.n) if index < 0 else [index]:
+            request.reasons.setdefault(ended, FinishReason.ABORT)
+
+    def _settle(self) -> None:
+        for number, request in list(self.driver.requests.items()):
+            if len(request.reasons) < request.sampling.n:
+                continue
+            reason = request.reasons[0]
+            assert all(0 <= token < VOCAB for token in request.token_ids)
+            assert len(request.token_ids) <= request.sampling.max_tokens
+            if reason is FinishReason.LENGTH:
+                assert len(request.token_ids) == request.sampling.max_tokens
+            self.answered += reason is not FinishReason.ABORT
+            self.aborted += reason is FinishReason.ABORT
+            if request.rows and reason is not FinishReason.ABORT:
+                request.rows = {i: row.cpu().clone() for i, row in request.rows.items()}
+                self.kept.append(request)
+            del self.driver.requests[number]
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that torch has allocated on the device, and that the process has on the host."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what glibc keeps for later is no leak
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0, pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_soak(folder: Path, device: str):
+    seconds = SECONDS if device == "cuda" else CPU_SECONDS
+    driver = Driver(
+        folder,
+        device,
+        enable_prefix_caching=True,
+        kv_cache_bytes=56 * PAGE_BYTES,
+        adapter_device_bytes=80 * BYTES_PER_RANK,
+        adapter_host_bytes=80 * BYTES_PER_RANK,
+        max_overtake_s=0.05,
+    )
+    traffic = Traffic(driver, seed=1)
+    # Long enough that every buffer has had its largest size.
+    traffic.run(min(60.0, seconds / 2))
+    device_before, host_before = memory()
+    traffic.run(seconds)
+    device_after, host_after = memory()
+
+    engine = driver.engine
+    stats = engine.stats()
+    print(
+        f"{stats.steps_total} steps, {traffic.answered} requests answered, {traffic.aborted} aborted, "
+        f"{stats.adapter_loads_total} adapters loaded, {stats.adapter_evictions_total} evicted, "
+        f"{stats.preemptions_total} preemptions; device {device_before} -> {device_after} bytes, "
+        f"host {host_before} -> {host_after} bytes"
+    )
+    assert device_after <= 1.01 * device_before
+    assert host_after <= 1.01 * host_before
+    assert not any(record.leases for record in engine.adapters.records.values())
+    active = sum(record.state is AdapterState.ACTIVE for record in engine.adapters.records.values())
+    assert (engine.adapters.pool.rank > 0).sum() == active
+    assert len(driver.runner.sampler._penalties) == 0
+    assert not driver.runner.sampler._biases
+    assert not engine.scheduler.has_work
+    assert engine.pages.num_free == engine.pages.num_pages - 1
+
+    assert traffic.answered > 5 * seconds
+    assert traffic.aborted
+    assert stats.adapter_evictions_total > len(ADAPTERS)
+    assert stats.preemptions_total
+    assert engine.pages.hits
+    check_logits(traffic.kept, Judge(folder / "model", folder / "adapters", device))
