@@ -151,7 +151,7 @@ def rank_and_index(name: str) -> tuple[int, int]:
 def device_bytes(shape: Shape, names: Iterable[str]) -> int:
     """An adapter pool that holds these adapters and no more: `adapter_device_bytes`."""
     ranks = sum(-(-rank_and_index(name)[0] // 8) * 8 for name in set(names))
-    return ranks * shape.bytes_per_rank + STAGING_BYTES
+    return ranks * shape.bytes_per_rank + (STAGING_BYTES if torch.cuda.is_available() else 0)
 
 
 def round_robin(names: Sequence[str], count: int) -> list[str]:

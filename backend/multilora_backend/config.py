@@ -50,9 +50,9 @@ class Config:
     kv_cache_bytes: int = 0
     """0: on the CPU 256 MiB, on CUDA what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.9
-    """Share of the device's memory that weights, adapters and KV pages may take together."""
+    """Share of the device's memory that weights, adapters, graphs and KV pages may take together."""
     cuda_graph_bytes: int = 3 * 2**30
-    """Device memory for captured decode steps; when it is spent, fewer sizes are captured."""
+    """Device memory for captured steps (CUDA graphs); when it is spent, fewer sizes are captured."""
     enforce_eager: bool = False
     """Capture nothing: a quicker start and slower decoding."""
     async_scheduling: Literal["auto", "true", "false"] = "auto"
@@ -92,7 +92,7 @@ class Config:
     runtime_dir: str = ""
     """Where the engine's socket lies; empty: a folder of this server in the system's temporary folder."""
     num_threads: int = 0
-    """torch's CPU threads in the engine; 0: one less than the cores."""
+    """torch's CPU threads in the engine; 0: one less than the cores, on CUDA at most 4."""
     report_custom_metrics: bool = True
     """Metrics on Triton's endpoint; REPORT_CUSTOM_METRICS of vllm_backend sets it too."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -21,7 +21,7 @@ from multilora_backend.models.batch import Batch
 from multilora_backend.models.flashinfer_attention import FlashInferAttention, create_attention
 from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.loader import LoadedModel, attention_modules
-from multilora_backend.models.lora import Grouped, LoraStep, LoraStrategy
+from multilora_backend.models.lora import Grouped, LoraStep, LoraStrategy, Reference
 from multilora_kernels import max_tiles
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, max_rows: int, max_slots: int, budget_bytes: int) -> None:
-        """Captures decode steps, then steps with prompts, within the budget. Does nothing without FlashInfer."""
+        """Captures decode steps, then steps with prompts, within the budget.
+
+        Does nothing without FlashInfer, and for the reference of LoRA, which reads its plan on the host.
+        """
         attention = self._attention
-        if not isinstance(attention, FlashInferAttention):
+        if not isinstance(attention, FlashInferAttention) or isinstance(self._lora, Reference):
             return
         model, inputs, page_size = self._model, self._inputs, self._page_size
         shape = (max_slots, model.config.vocab_size)

@@ -81,7 +81,9 @@ def test_base_traffic_is_in_graphs_of_tier_0(folder: Path, expected: dict):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_num_batched_tokens": 5}, {"enable_prefix_caching": True}, {"adapter_device_bytes": 520_000}], ids=str
+    "settings",
+    [{"max_num_batched_tokens": 5}, {"enable_prefix_caching": True}, {"adapter_device_bytes": 520_000}],
+    ids=str,
 )
 def test_chunks_and_evictions_between_graphs_change_nothing(folder: Path, expected: dict, settings: dict):
     driver = driver_of(folder, "bordered", **settings)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -118,5 +119,5 @@ def test_sizes_waste_little(most: int):
     sizes = sizes_up_to(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
-    for small, large in zip(sizes, sizes[1:], strict=False):
+    for small, large in itertools.pairwise(sizes):
         assert large - small <= max(128, small / 2)

@@ -81,9 +81,7 @@ def assert_equal_bits(first: dict[Any, torch.Tensor], second: dict[Any, torch.Te
         assert torch.equal(row, second[key]), f"request and token {key}"
 
 
-def test_graphs_give_the_bits_of_their_kernels_run_eagerly(
-    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_graphs_give_the_bits_of_their_kernels_run_eagerly(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch):
     driver = Driver(folder, device).preload(NAMES)
     runner, lora = driver.runner, driver.runner._lora
     assert isinstance(lora, Bordered)
@@ -209,7 +207,9 @@ def test_a_decode_step_is_launched_without_a_sync(folder: Path, device: str):
     def traffic() -> None:
         play(driver, NAMES, count=16, wave=99)
         for number in range(16):  # each sequence ends at a time of its own: adapters leave the batch, and so the border
-            driver.submit(prompt_of(number)[:4], NAMES[(15 - number) % 6], **{**kinds[number % 4], "max_tokens": 3 + number})
+            driver.submit(
+                prompt_of(number)[:4], NAMES[(15 - number) % 6], **{**kinds[number % 4], "max_tokens": 3 + number}
+            )
         driver.run()
 
     traffic()

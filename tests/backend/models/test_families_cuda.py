@@ -66,9 +66,7 @@ def test_families(tmp_path: Path, device: str, family: str):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_and_capped_scores_in_torch(
-    tmp_path: Path, device: str, name: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_windows_and_capped_scores_in_torch(tmp_path: Path, device: str, name: str, monkeypatch: pytest.MonkeyPatch):
     def in_torch(layers: Any, page_size: int, dtype: torch.dtype, inputs: Any) -> TorchAttention:
         return TorchAttention(page_size, torch.device(device))
 

@@ -30,7 +30,7 @@ SITES = [
 RANKS = (3, 8, 16, 40, 33, 24, 50)
 """Of the adapters in slots 0, 1, ...: 200 ranks in pages of 8, so that all fit only the third tier."""
 TARGETS = [
-    pytest.param(device, dtype, id=f"{device}-{str(dtype).removeprefix('torch.')}", marks=CUDA if device == "cuda" else ())
+    pytest.param(device, dtype, id=f"{device}-{str(dtype)[6:]}", marks=CUDA if device == "cuda" else ())
     for device in ("cpu", "cuda")
     for dtype in (torch.float32, torch.bfloat16)
 ]  # fmt: skip
