@@ -97,10 +97,10 @@ class ModelRunner:
     def _prompt(self, batch: Batch) -> Tensor:
         """A step of any shape, in pieces of graph if there is one for it."""
         samples, graph = len(batch.sample_rows), None
-        if self.prompt_graphs is not None and not batch.one_row_each:
+        if self.prompt_graphs is not None:
             graph = self.prompt_graphs.find(batch.num_rows, samples, self._lora.ranks(batch))
         if graph is not None:
-            batch = batch.padded(graph.rows).sampling(graph.samples)
+            batch = batch.padded(graph.rows, one_row_each=False).sampling(graph.samples)
             self._enter(batch, graph.fit(self._lora.plan(batch, graph.block_m)), self._attention)
             graph.replay(self._attention)
             return graph.logits

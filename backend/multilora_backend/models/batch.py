@@ -116,15 +116,12 @@ class Batch:
             page_size=page_size,
         )
 
-    def padded(self, rows: int) -> Batch:
-        """With rows up to `rows` that nobody samples: token 0 in the trash page.
-
-        A decode step gets slots of one row each, any other step one slot more.
-        """
+    def padded(self, rows: int, one_row_each: bool = True) -> Batch:
+        """With rows up to `rows` that nobody samples: token 0 in the trash page, in slots of one row each or in one."""
         more = rows - self.num_rows
         if not more:
             return self
-        counts = np.ones(more, dtype=np.int32) if self.one_row_each else np.array([more], dtype=np.int32)
+        counts = np.ones(more, dtype=np.int32) if one_row_each else np.array([more], dtype=np.int32)
         starts, page_starts = _starts(counts), _starts(-(-counts // self.page_size))
         positions: Ints = np.arange(more, dtype=np.int32) - np.repeat(starts[:-1], counts)
         zeros = np.zeros(more, dtype=np.int32)

@@ -64,7 +64,10 @@ class LoraStrategy(Protocol):
         ...
 
     def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
-        """Host metadata for a step: which rows belong to which adapter. `block_m` 0: what suits the batch."""
+        """Host metadata for a step: which rows belong to which adapter.
+
+        `block_m`: rows of a tile of the grouped kernels, which then do the step; 0: whatever suits the batch.
+        """
         ...
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
@@ -173,7 +176,7 @@ class Bordered(Grouped):
         return next((tier for tier in (0, *self.tiers) if tier >= need), None)
 
     def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
-        if not batch.one_row_each:
+        if block_m or not batch.one_row_each:
             return super().plan(batch, block_m)
         slots = np.unique(batch.adapter_slots)
         keys = [(slot, int(self._pool.generation[slot])) for slot in slots[slots >= 0].tolist()]

@@ -82,11 +82,11 @@ def test_every_row_is_where_the_plan_has_it(step: Step):
     assert batch.one_row_each == all(slot.count == 1 for slot in step.plan.slots)
 
 
-@given(st.one_of(steps(), steps(decode=True)), st.integers(0, 40))
-def test_padding_adds_rows_that_touch_only_the_trash_page(step: Step, more: int):
+@given(st.one_of(steps(), steps(decode=True)), st.integers(0, 40), st.booleans())
+def test_padding_adds_rows_that_touch_only_the_trash_page(step: Step, more: int, one_row_each: bool):
     batch = Batch.from_plan(step.plan, step.page_size, step.previous)
     rows, slots = batch.num_rows, len(batch.context_lens)
-    padded = batch.padded(rows + more)
+    padded = batch.padded(rows + more, one_row_each)
     assert padded.num_rows == rows + more
     for name in INTS:
         before, after = getattr(batch, name), getattr(padded, name)
@@ -94,9 +94,9 @@ def test_padding_adds_rows_that_touch_only_the_trash_page(step: Step, more: int)
         assert np.array_equal(after[: len(before)], before), name
     assert np.array_equal(padded.sample_rows, batch.sample_rows), "nobody samples padding"
     assert padded.sample_slots == batch.sample_slots
-    # A decode step stays one, so that the same kernels serve it; any other gets one sequence more.
-    assert padded.one_row_each == batch.one_row_each
-    assert len(padded.context_lens) - slots == (more if batch.one_row_each else min(more, 1))
+    if one_row_each:  # then a decode step stays one, so that the same kernels serve it
+        assert padded.one_row_each == batch.one_row_each
+    assert len(padded.context_lens) - slots == (more if one_row_each else min(more, 1))
     row = rows
     for slot in range(slots, len(padded.context_lens)):
         length = padded.context_lens[slot]
