@@ -3,7 +3,7 @@
 
 TRITON_INTERPRET must be set before triton is imported, and torch imports triton: in a run over all of tests/ it is too
 late when this file is read, and set for good it would reach the servers that other tests start. So tests on the target
-"interpreter" run in one child pytest that has the variable from its start, and their reports are passed on.
+"interpreter" run in child pytests that have the variable from their start, and their reports are passed on.
 `TRITON_INTERPRET=1 pytest tests/kernels` runs them in the process itself, e.g. under a debugger.
 """
 
@@ -26,6 +26,7 @@ from multilora_kernels import NO_ADAPTER, Delta, SegmentPlan, Segments, padded_r
 from multilora_kernels._triton import INTERPRETED, triton
 
 CHILD = Path(__file__).with_name("interpreter_child.py")
+CHILDREN = 2
 _child_run = pytest.StashKey[tuple[dict[str, list[dict]], str]]()
 
 
@@ -35,27 +36,45 @@ def _wants_interpreter(item: pytest.Item) -> bool:
     return isinstance(target, Target) and target.device == "cpu"
 
 
-def _run_child(session: pytest.Session) -> tuple[dict[str, list[dict]], str]:
-    """All of the session's tests on the interpreter, once: (serialised reports by node id, the child's output)."""
+def _start_child(node_ids: list[str], out: Path, root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(CHILD), str(out), *node_ids],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _run_children(session: pytest.Session) -> tuple[dict[str, list[dict]], str]:
+    """All of the session's tests on the interpreter, once: (serialised reports by node id, the children's output)."""
     node_ids = [item.nodeid for item in session.items if _wants_interpreter(item)]
+    reports: dict[str, list[dict]] = {}
+    output = ""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "reports.json"
-        child = subprocess.run(
-            [sys.executable, str(CHILD), str(out), *node_ids],
-            cwd=session.config.rootpath,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        return json.loads(out.read_text()) if out.exists() else {}, child.stdout
+        outs = [Path(folder) / f"reports-{number}.json" for number in range(CHILDREN)]
+        # Every other test each: neighbours take about the same time.
+        shares = [node_ids[number::CHILDREN] for number in range(CHILDREN)]
+        children = [
+            _start_child(share, out, session.config.rootpath) for share, out in zip(shares, outs, strict=True) if share
+        ]
+        for child, out in zip(children, outs, strict=False):
+            output += child.communicate()[0]
+            reports |= json.loads(out.read_text()) if out.exists() else {}
+    return reports, output
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Here and not when the first of them is due, for then that test's time limit would be for all of them."""
+    wanted = any(_wants_interpreter(item) for item in session.items)
+    if wanted and not INTERPRETED and triton is not None and not session.config.option.collectonly:
+        session.stash[_child_run] = _run_children(session)
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if INTERPRETED or triton is None or not _wants_interpreter(item):
         return None
-    if _child_run not in item.session.stash:
-        item.session.stash[_child_run] = _run_child(item.session)
     reports, output = item.session.stash[_child_run]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for data in reports.get(item.nodeid, []):
