@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny bf16 models of real head widths, an engine to drive them, and transformers with peft to judge what it computes.
 
-Everything takes a device, so that a test for CUDA runs on the CPU as well: there decode graphs are stand-ins that
-compute the padded step eagerly.
+Everything takes a device, so that a test for CUDA runs on the CPU as well: there graphs are stand-ins that compute the
+padded step eagerly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,13 @@ from multilora_backend.config import Config
 from multilora_backend.core import FinishReason, SamplingParams, Sequence
 from multilora_backend.engine.engine import Engine
 from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, sizes_up_to, tiers_for
+from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs
+from multilora_backend.engine.prompt_graphs import sizes_up_to as prompt_sizes_up_to
 from multilora_backend.engine.runner import ModelRunner
-from multilora_backend.models.lora import Bordered
+from multilora_backend.models.loader import attention_modules
+from multilora_backend.models.lora import Bordered, Grouped, LoraStep
 from multilora_backend.protocol import Failed, Outputs, Submit
+from multilora_kernels import max_tiles
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
 CUDA = [pytest.mark.gpu, NEEDS_CUDA]
@@ -209,18 +213,20 @@ class Driver:
         """(request, number of the output token) of each row that was sampled, step by step. None: not kept."""
         self.replayed: list[tuple[int, int, int]] = []
         """(rows, rows of the graph, tier) of each decode step that ran in a graph."""
-        self.prompts_replayed = 0
+        self.prompts_replayed: list[tuple[int, int, int]] = []
+        """(rows, rows of the graph, samples) of each step that ran in pieces of graph."""
         self._launch_sampler = self.runner.sampler.launch
         self.runner.sampler.launch = self._record  # type: ignore[method-assign]
         if mode.graphs:
             if device == "cpu":
-                stand_in_for_graphs(self.runner, self.engine.config.max_num_seqs)
-            assert self.runner.decode_graphs is not None
-            self._find = self.runner.decode_graphs.find
-            self.runner.decode_graphs.find = self._found  # type: ignore[method-assign]
-            if self.runner.prompt_graphs is not None:
-                self._find_prompt = self.runner.prompt_graphs.find
-                self.runner.prompt_graphs.find = self._found_prompt  # type: ignore[method-assign]
+                config = self.engine.config
+                stand_in_for_graphs(self.runner, config.max_num_batched_tokens, config.max_num_seqs)
+            decode, prompts = self.runner.decode_graphs, self.runner.prompt_graphs
+            assert decode is not None
+            assert prompts is not None
+            self._find, self._find_prompt = decode.find, prompts.find
+            decode.find = self._found  # type: ignore[method-assign]
+            prompts.find = self._found_prompt  # type: ignore[method-assign]
         _drivers.add(self)
 
     def submit(self, prompt: list[int], adapter: str = "", **sampling: Any) -> int:
@@ -274,7 +280,7 @@ class Driver:
         self._submitted = 0
         self.batches = []
         self.replayed.clear()
-        self.prompts_replayed = 0
+        self.prompts_replayed.clear()
         return self
 
     def _record(self, logits: Tensor, sequences: list[Sequence]) -> Any:
@@ -293,9 +299,10 @@ class Driver:
             self.replayed.append((rows, graph.rows, graph.tier))
         return graph
 
-    def _found_prompt(self, rows: int, samples: int, ranks: list[int]) -> Any:
+    def _found_prompt(self, rows: int, samples: int, ranks: list[int]) -> PromptGraph | None:
         graph = self._find_prompt(rows, samples, ranks)
-        self.prompts_replayed += graph is not None
+        if graph is not None:
+            self.prompts_replayed.append((rows, graph.rows, samples))
         return graph
 
 
@@ -311,34 +318,62 @@ def free_drivers() -> None:
     torch.cuda.empty_cache()
 
 
-class StandInReplay:
-    """What a captured graph does, by an eager forward pass over the inputs as they are when it is replayed."""
+class StandIn:
+    """Takes the place of a captured graph: a forward pass over the inputs as they are when it is replayed."""
 
-    def __init__(self, runner: ModelRunner, rows: int, tier: int, tiles: int, logits: Tensor) -> None:
-        self._runner, self._logits = runner, logits
-        self._rows, self._tier, self._tiles = rows, tier, tiles
+    def __init__(self, runner: ModelRunner, graph: DecodeGraph | PromptGraph) -> None:
+        self._runner, self._graph = runner, graph
 
     def replay(self) -> None:
-        lora: Any = self._runner._lora
-        segments = lora._segments if isinstance(lora, Bordered) else None
-        assert (0 if segments is None else segments.plan.num_tiles) == self._tiles
-        assert segments is None or len(segments.order) == self._rows
-        self._logits.fill_(torch.nan)
-        if isinstance(lora, Bordered):
-            lora._tier = self._tier  # a graph has the width of its GEMMs from its capture
-        self._logits[: self._rows] = self._runner.forward(self._runner._attention, self._rows, None)
+        graph, lora = self._graph, self._runner._lora
+        if isinstance(lora, Grouped):
+            segments = lora._segments
+            assert (0 if segments is None else segments.plan.num_tiles) == graph.tiles
+            assert segments is None or len(segments.order) == graph.rows
+        graph.logits.fill_(torch.nan)
+        graph.logits.copy_(run_eagerly(self._runner, graph))
 
 
-def stand_in_for_graphs(runner: ModelRunner, max_rows: int) -> None:
-    """Gives a runner on the CPU the decode graphs that it would have captured on CUDA."""
+def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph) -> Tensor:
+    """The logits of a graph's rows or samples, by the kernels that it launches at replay."""
+    lora = runner._lora
+    if isinstance(graph, PromptGraph):
+        return runner.forward(runner._attention, graph.rows, graph.samples)
+    if isinstance(lora, Bordered):  # what is fixed when a graph is captured
+        lora._tier = graph.tier
+        base = lora.base_step(graph.rows, graph.tier).segments
+        if base is not None and lora._segments is not None:
+            plan = replace(lora._segments.plan, rank_block=base.rank_block)
+            lora._segments = replace(lora._segments, plan=plan)
+    return runner.forward(graph.attention, graph.rows, None)
+
+
+def stand_in_for_graphs(runner: ModelRunner, max_rows: int, max_slots: int) -> None:
+    """Gives a runner on the CPU the graphs that it would have captured on CUDA."""
     lora: Any = runner._lora
     attention: Any = runner._attention
-    logits = torch.empty(max_rows, runner._model.config.vocab_size, dtype=runner._model.dtype)
-    graphs = DecodeGraphs(runner.forward, attention, lora, runner._inputs, runner._page_size, logits)
-    for rows in sizes_up_to(max_rows):
+    inputs, page_size = runner._inputs, runner._page_size
+    logits = torch.empty(max_slots, runner._model.config.vocab_size, dtype=runner._model.dtype)
+    decode = DecodeGraphs(runner.forward, attention, lora, inputs, page_size, logits)
+    for rows in sizes_up_to(max_slots):
         for tier in tiers_for(rows, lora.tiers if isinstance(lora, Bordered) else ()):
             segments = lora.base_step(rows, tier).segments if tier else None
             tiles = 0 if segments is None else segments.num_tiles
-            replay: Any = StandInReplay(runner, rows, tier, tiles, logits)
-            graphs._graphs.setdefault(tier, {})[rows] = DecodeGraph(rows, tier, tiles, attention, logits[:rows], replay)
-    runner.decode_graphs = graphs
+            later: Any = None  # the graph and its stand-in know each other
+            graph = DecodeGraph(rows, tier, tiles, attention, logits[:rows], later)
+            object.__setattr__(graph, "graph", StandIn(runner, graph))
+            decode._graphs.setdefault(tier, {})[rows] = graph
+    layer = attention_modules(runner._model.module)[0]
+    prompts = PromptGraphs(runner.forward, layer, lora, inputs, page_size, logits)
+    for rows in prompt_sizes_up_to(max_rows):
+        for step in (LoraStep(), *lora.variants(rows)):
+            ranks = tiles = block_m = 0
+            if step.segments is not None:
+                ranks, block_m = step.segments.max_rank, step.segments.block_m
+                tiles = max_tiles(rows, MAX_ADAPTERS + 1, block_m)
+            samples = min(max_slots, rows)
+            prompt = PromptGraph(rows, samples, ranks, tiles, block_m, logits[:samples])
+            pieces: Any = [StandIn(runner, prompt)]
+            prompt.pieces = pieces
+            prompts._graphs.setdefault(ranks, []).append(prompt)
+    runner.decode_graphs, runner.prompt_graphs = decode, prompts

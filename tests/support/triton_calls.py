@@ -61,25 +61,32 @@ class Stream:
     """One gRPC stream that carries any number of requests at the same time."""
 
     def __init__(self, url: str) -> None:
-        self._client = grpcclient.InferenceServerClient(url)
+        # A connection of its own, as another client has it: gRPC shares one among all channels of a process, and
+        # when the server drops that, every stream on it ends.
+        self._client = grpcclient.InferenceServerClient(url, channel_args=[("grpc.use_local_subchannel_pool", 1)])
         self._answers: dict[str, Answer] = {}
+        self._ended: InferenceServerException | None = None
         # Without this header Triton sends errors as text alone, and keeps the stream open.
         self._client.start_stream(self._receive, headers={"triton_grpc_error": "true"})
 
     def send(self, values: dict[str, Any], parameters: dict[str, Any] | None = None) -> Answer:
         request_id = str(len(self._answers) + 1)
         answer = self._answers[request_id] = Answer()
-        self._client.async_stream_infer(
-            MODEL,
-            tensors(values),
-            request_id=request_id,
-            parameters=parameters,
-            enable_empty_final_response=True,
-        )
+        try:
+            self._client.async_stream_infer(
+                MODEL,
+                tensors(values),
+                request_id=request_id,
+                parameters=parameters,
+                enable_empty_final_response=True,
+            )
+        except InferenceServerException as error:
+            raise RuntimeError(f"the stream ended before anything was sent: {self._ended}") from error
         return answer
 
     def _receive(self, result: grpcclient.InferResult | None, error: InferenceServerException | None) -> None:
         if result is None:
+            self._ended = error
             # tritonclient gives errors no request id, and with the header above one ends the stream.
             for answer in self._answers.values():
                 if not answer.done.is_set():

@@ -52,7 +52,7 @@ def check(driver: Driver, expected: dict[str, list[int]]) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlapped"])
-@pytest.mark.parametrize("strategy", ["reference", "grouped", "bordered"])
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
 def test_padded_steps_say_what_transformers_and_peft_say(folder: Path, expected: dict, strategy: str, overlap: bool):
     driver = driver_of(folder, strategy, overlap=overlap)
     for round_number in range(2):
@@ -68,7 +68,8 @@ def test_padded_steps_say_what_transformers_and_peft_say(folder: Path, expected:
         assert any(size == rows for rows, size in rows), "and steps that need no padding"
         assert tiers == {0, 64, 256}
     else:
-        assert tiers <= {0}, "steps with adapters are not in graphs"
+        assert tiers <= {0}, "steps with adapters are in pieces of graph"
+    assert any(rows < size for rows, size, _ in driver.prompts_replayed)
 
 
 def test_base_traffic_is_in_graphs_of_tier_0(folder: Path, expected: dict):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import pytest
 import torch
 
 import gpu_models
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S, Driver, Mode, run_eagerly
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import StepPlan
 from multilora_backend.engine.graphs import DecodeGraph
+from multilora_backend.engine.prompt_graphs import PromptGraph
+from multilora_backend.models.attention import AttentionBackend
 from multilora_backend.models.lora import Bordered
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
@@ -81,24 +82,16 @@ def assert_equal_bits(first: dict[Any, torch.Tensor], second: dict[Any, torch.Te
         assert torch.equal(row, second[key]), f"request and token {key}"
 
 
-def test_graphs_give_the_bits_of_their_kernels_run_eagerly(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch):
+def test_decode_graphs_give_the_bits_of_their_kernels_run_eagerly(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+):
     driver = Driver(folder, device).preload(NAMES)
-    runner, lora = driver.runner, driver.runner._lora
-    assert isinstance(lora, Bordered)
     replay, pairs = DecodeGraph.replay, []
 
     def replay_and_run_eagerly(graph: DecodeGraph) -> None:
         replay(graph)
         rows, captured = driver.replayed[-1][0], graph.logits.clone()
-        if lora._segments is not None:
-            # What a capture fixes, as this graph was captured.
-            base = lora.base_step(graph.rows, graph.tier).segments
-            assert base is not None
-            lora._tier = graph.tier
-            plan = replace(lora._segments.plan, rank_block=base.rank_block)
-            lora._segments = replace(lora._segments, plan=plan)
-        eager = runner.forward(graph.attention, graph.rows, None)
-        pairs.append((driver.replayed[-1], captured[:rows], eager[:rows]))
+        pairs.append((driver.replayed[-1], captured[:rows], run_eagerly(driver.runner, graph)[:rows]))
 
     monkeypatch.setattr(DecodeGraph, "replay", replay_and_run_eagerly)
     for names in ([""], ["r3", "attention", ""], ["r40", "", "r16"], ["r100", ""], NAMES[::-1]):
@@ -112,6 +105,33 @@ def test_graphs_give_the_bits_of_their_kernels_run_eagerly(folder: Path, device:
     for what, captured, eager in pairs:
         assert captured.isfinite().all()
         assert torch.equal(captured, eager), f"rows, rows of the graph, tier: {what}"
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
+def test_prompt_graphs_give_the_bits_of_their_kernels_run_eagerly(
+    folder: Path, device: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+):
+    driver = Driver(folder, device, Mode(strategy, graphs=True), max_num_batched_tokens=200).preload(NAMES)
+    replay, pairs = PromptGraph.replay, []
+
+    def replay_and_run_eagerly(graph: PromptGraph, attention: AttentionBackend) -> None:
+        replay(graph, attention)
+        samples, captured = driver.prompts_replayed[-1][2], graph.logits.clone()
+        eager = run_eagerly(driver.runner, graph)
+        pairs.append((driver.prompts_replayed[-1], graph.ranks, captured[:samples], eager[:samples]))
+
+    monkeypatch.setattr(PromptGraph, "replay", replay_and_run_eagerly)
+    for names in ([""], ["r3", "attention", "r16", ""], ["r40", "", "r3"]):
+        for rows in (3, 30, 64, 90, 140, 193, 200):
+            for number in range(3):
+                prompt = [3 + (number + i * i) % 58 for i in range((rows + number) // 3)]
+                driver.submit(prompt, names[number % len(names)], max_tokens=3)
+            driver.run()
+    assert {size for (_, size, _), *_ in pairs} == {64, 128, 192, 200}
+    assert {ranks for _, ranks, *_ in pairs} == {0, 16, 64}
+    for what, ranks, captured, eager in pairs:
+        assert captured.isfinite().all()
+        assert torch.equal(captured, eager), f"rows, rows of the graph, samples: {what}, ranks up to {ranks}"
 
 
 def test_nan_in_one_adapter_changes_no_bit_of_the_others(folder: Path, device: str):

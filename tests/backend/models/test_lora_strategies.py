@@ -174,6 +174,7 @@ def decode_of(*adapters: int) -> Batch:
 BATCHES = {
     "chunks": batch_of((0, 5), (3, 37), (-1, 9), (1, 1), (3, 2), (2, 20)),
     "chunks, padded": batch_of((0, 5), (3, 7), (-1, 2)).padded(32),
+    "chunks, padded by one sequence": batch_of((0, 5), (3, 7), (-1, 2)).padded(32, one_row_each=False),
     "chunks without adapters": batch_of((-1, 5), (-1, 3)),
     "decodes": decode_of(1, -1, 3, 0, 0, 2, -1, 3, 1),
     "decodes, padded": decode_of(3, -1, 0, 0, 2).padded(16),
@@ -223,6 +224,10 @@ def test_a_decode_step_takes_the_border_padded_or_not(device: str, dtype: torch.
         assert bench.check(batch).tier == 64
     assert bench.check(batch_of((2, 5), (0, 1))).tier == 0, "chunks do not"
     assert bench.check(batch_of((2, 5)).padded(8)).tier == 0
+    decode = decode_of(2, 0, -1).padded(8, one_row_each=False)
+    step = bench.check(decode, bench.strategy.plan(decode, block_m=32))
+    assert step.segments is not None
+    assert (step.tier, step.segments.block_m) == (0, 32), "nor does what is to run in pieces of graph"
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
