@@ -112,14 +112,17 @@ def test_nobody_else_notices(server):
     def good() -> None:
         for word in words:
             for name in ("upper", "reverse"):
-                text = grpc_call(server.grpc, {"text_input": word, "lora_name": name, "stream": True}, GREEDY).text
+                values = {"text_input": word, "lora_name": name, "stream": True}
+                text = grpc_call(server.grpc, values, GREEDY, codes=False).text
                 if text != TASKS[name](word):
                     wrong.append(f"{name}({word}) = {text}")
 
     thread = threading.Thread(target=good)
     thread.start()
     for changes, parameters, *_ in BAD.values():
-        assert grpc_call(server.grpc, values_of(changes), parameters).error is not None
+        # Without codes: with them tritonserver 2.51 aborts in some one of ten runs of this test, since its stream
+        # handler then finishes a call twice (GRPC_CALL_ERROR_TOO_MANY_OPERATIONS).
+        assert grpc_call(server.grpc, values_of(changes), parameters, codes=False).error is not None
     thread.join(60)
     assert not thread.is_alive()
     assert not wrong

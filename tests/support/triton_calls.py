@@ -60,14 +60,14 @@ def _decoded(result: grpcclient.InferResult) -> dict[str, list]:
 class Stream:
     """One gRPC stream that carries any number of requests at the same time."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, codes: bool = True) -> None:
+        """`codes`: errors as gRPC statuses, which end the stream; else Triton sends their text and keeps it open."""
         # A connection of its own, as another client has it: gRPC shares one among all channels of a process, and
         # when the server drops that, every stream on it ends.
         self._client = grpcclient.InferenceServerClient(url, channel_args=[("grpc.use_local_subchannel_pool", 1)])
         self._answers: dict[str, Answer] = {}
         self._ended: InferenceServerException | None = None
-        # Without this header Triton sends errors as text alone, and keeps the stream open.
-        self._client.start_stream(self._receive, headers={"triton_grpc_error": "true"})
+        self._client.start_stream(self._receive, headers={"triton_grpc_error": "true"} if codes else None)
 
     def send(self, values: dict[str, Any], parameters: dict[str, Any] | None = None) -> Answer:
         request_id = str(len(self._answers) + 1)
@@ -107,10 +107,14 @@ class Stream:
 
 
 def grpc_call(
-    url: str, values: dict[str, Any], parameters: dict[str, Any] | None = None, timeout: float = 60
+    url: str,
+    values: dict[str, Any],
+    parameters: dict[str, Any] | None = None,
+    timeout: float = 60,
+    codes: bool = True,
 ) -> Answer:
     """One request on a stream of its own, answered or refused."""
-    stream = Stream(url)
+    stream = Stream(url, codes)
     try:
         answer = stream.send(values, parameters)
         assert answer.done.wait(timeout), "no final response came"
