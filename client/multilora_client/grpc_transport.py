@@ -47,9 +47,9 @@ class _Common:
 
     def __init__(self, channel: Any, headers: Mapping[str, str]) -> None:
         self._channel = channel
-        # With this header Triton ends the stream of a failed request with the error's own gRPC status;
-        # without it the error is text in a response, and the code is lost.
-        self._metadata = [("triton_grpc_error", "true"), *((k.lower(), v) for k, v in headers.items())]
+        # Without `triton_grpc_error: true`, which would make errors gRPC statuses: tritonserver 2.51 aborted when
+        # streams with it ended in errors beside busy ones (GRPC_CALL_ERROR_TOO_MANY_OPERATIONS). Texts tell the code.
+        self._metadata = [(k.lower(), v) for k, v in headers.items()]
         # One request a call: a bidirectional method whose client half-closes after one message looks the same
         # on the wire as a unary-stream method, and that form needs no thread to feed the call.
         self._infer = channel.unary_stream(
@@ -175,7 +175,7 @@ def _encode(request: Request) -> Any:
 
 def _decode(response: Any, request: Request, answered: bool) -> Chunk:
     if response.error_message:
-        # Despite the header: Triton refused the request itself (unknown model, wrong shape), or is too old.
+        # From the model, or Triton refused the request itself (unknown model, wrong shape).
         code = code_of_text(response.error_message, "INTERNAL" if answered else "INVALID_ARGUMENT")
         raise error_of(code, response.error_message, request.adapter)
     infer = response.infer_response

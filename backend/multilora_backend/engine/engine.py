@@ -153,7 +153,7 @@ class Engine:
         self.adapters_per_step_max = max(self.adapters_per_step_max, count)
         try:
             launched = self.runner.launch(plan)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is this batch's alone, see _step_failed
             self._step_failed(plan, error)
             return None
         for slot in launched.slots:
@@ -164,7 +164,7 @@ class Engine:
         """Waits for a step; its tokens go to their sequences and to the front ends."""
         try:
             sampled = launched.result()
-        except Exception as error:
+        except Exception as error:  # as above: a kernel's error comes to light here
             self._step_failed(launched.plan, error)
             return
         outputs: defaultdict[str, list[Output]] = defaultdict(list)
