@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from multilora_backend.adapters.manager import Lease
 from multilora_backend.adapters.state import AdapterState
-from multilora_backend.core import FinishReason, SamplingParams, Sequence, SequenceStatus, StepPlan
+from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, SamplingParams, Sequence, SequenceStatus, StepPlan
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import AdapterFirst, FirstCome
 from multilora_backend.scheduling.scheduler import Scheduler
@@ -285,3 +285,22 @@ def test_every_request_ends_whatever_comes(data: st.DataObject):
     assert not scheduler.has_work
     assert scheduler.pages.num_free == scheduler.pages.num_pages - 1
     assert not any(adapters.leases.values())
+
+
+def test_a_sequence_whose_last_token_is_on_its_way_computes_nothing_and_gives_way_to_nobody():
+    """With steps that overlap, the last token is known to be the last before it is known."""
+    scheduler = make(num_pages=4, page_size=4)
+    last, other = add(scheduler, 4, max_len=5), add(scheduler, 4)
+    scheduler.schedule(0.0)
+    for sequence in (last, other):
+        sequence.token_ids.append(UNKNOWN_TOKEN)
+    plan = scheduler.schedule(0.0)
+    assert [slot.sequence for slot in plan.slots] == [other]
+    assert not plan.preempted
+    other.token_ids += [7, 7, 7, 7]
+    plan = scheduler.schedule(0.0)
+    assert plan.preempted == (other,), "there is no page left, and the other one needs none"
+    assert last.status is SequenceStatus.RUNNING
+    scheduler.finish(last, FinishReason.LENGTH)
+    scheduler.finish(other, FinishReason.ABORT)
+    assert scheduler.pages.num_free == 3
