@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets how much of the device's memory when the operator does not say."""
+"""Who gets how much of the device's memory when the operator does not say.
+
+The arithmetic is apart from what asks the device, so that `planning` reckons as the engine does.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -16,25 +21,45 @@ CUDA_ADAPTER_SHARE = 12
 """The adapters' pool is one part in this many of the device's memory, CUDA_ADAPTER_BYTES at most."""
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Of a CUDA device, in bytes."""
+
+    total: int
+    free: int
+    """When weights, adapter pool and border are there."""
+
+
 def adapter_bytes(device: torch.device) -> int:
     """The device pool's bytes. On 80 GB that is room for 80 adapters of rank 16 on all linears of an 8B model."""
-    if device.type != "cuda":
-        return CPU_ADAPTER_BYTES
-    return min(CUDA_ADAPTER_BYTES, torch.cuda.mem_get_info(device)[1] // CUDA_ADAPTER_SHARE)
+    return default_adapter_bytes(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None)
+
+
+def default_adapter_bytes(total: int | None) -> int:
+    """`total`: the CUDA device's bytes; None: the CPU."""
+    return CPU_ADAPTER_BYTES if total is None else min(CUDA_ADAPTER_BYTES, total // CUDA_ADAPTER_SHARE)
 
 
 def num_pages(config: Config, model: LoadedModel) -> int:
     """KV pages, the trash page included, within `kv_cache_bytes`. Call it when everything else has been allocated."""
-    budget = config.kv_cache_bytes
-    if not budget:
-        budget = CPU_KV_CACHE_BYTES
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(model.device)
-            budget = int(free - (1 - config.gpu_memory_utilization) * total)
-            if not config.enforce_eager:
-                budget -= config.cuda_graph_bytes
-    page_bytes = bytes_per_token(model) * config.block_size
+    memory = None
+    if model.device.type == "cuda" and not config.kv_cache_bytes:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(model.device)
+        memory = DeviceMemory(total, free)
+    return pages_within(kv_cache_bytes(config, memory), bytes_per_token(model) * config.block_size)
+
+
+def kv_cache_bytes(config: Config, memory: DeviceMemory | None) -> int:
+    """The KV cache's budget, which may be negative. `memory` None: the CPU."""
+    if config.kv_cache_bytes or memory is None:
+        return config.kv_cache_bytes or CPU_KV_CACHE_BYTES
+    budget = int(memory.free - (1 - config.gpu_memory_utilization) * memory.total)
+    return budget if config.enforce_eager else budget - config.cuda_graph_bytes
+
+
+def pages_within(budget: int, page_bytes: int) -> int:
+    """Raises MultiloraError if there is no room for two pages: one is the trash page."""
     if budget < 2 * page_bytes:
         raise invalid("kv_cache_bytes", f"must be at least {2 * page_bytes} (two pages), got {budget}")
     return budget // page_bytes

@@ -158,7 +158,7 @@ class Bordered(Grouped):
 
     def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
         super().__init__(linears, pool)
-        capacity = next((tier for tier in TIERS if tier >= pool.num_ranks), TIERS[-1])
+        capacity = border_ranks(pool.num_ranks)
         self._border: Border[Any] = Border(capacity)
         for linear in linears:
             linear.add_border(capacity)
@@ -231,10 +231,16 @@ STRATEGIES: dict[str, Callable[[list[FusedLinear], DevicePool], LoraStrategy]] =
 }
 
 
+def border_ranks(num_ranks: int) -> int:
+    """Ranks of the border behind each linear for a pool of so many."""
+    return next((tier for tier in TIERS if tier >= num_ranks), TIERS[-1])
+
+
+def strategy_name(name: str, device: torch.device) -> str:
+    """What `auto` stands for: bordered on CUDA and grouped elsewhere."""
+    return name if name != "auto" else "bordered" if device.type == "cuda" else "grouped"
+
+
 def create_strategy(name: str, linears: list[FusedLinear], pool: DevicePool | None) -> LoraStrategy:
-    """One of STRATEGIES by name; `auto` is bordered on CUDA and grouped elsewhere. Without a pool LoRA is off."""
-    if pool is None:
-        return NoLora()
-    if name == "auto":
-        name = "bordered" if pool.device.type == "cuda" else "grouped"
-    return STRATEGIES[name](linears, pool)
+    """One of STRATEGIES by name. Without a pool LoRA is off."""
+    return NoLora() if pool is None else STRATEGIES[strategy_name(name, pool.device)](linears, pool)

@@ -40,7 +40,7 @@ def test_all_answers_are_right(device: str, strategy: str):
         prompt = tokenizer(word)["input_ids"]
         driver.submit(prompt, "" if task == BASE else task, max_tokens=30, ignore_eos=False)
     driver.run()
-    assert driver.engine.adapters_per_step_max == len(TASKS) - 1
+    assert driver.engine.statistics.adapters_per_step_max == len(TASKS) - 1
     for (word, task), request in zip(jobs, driver.requests.values(), strict=True):
         assert tokenizer.decode(request.token_ids, skip_special_tokens=True) == TASKS[task](word), (word, task)
         assert request.reasons == {0: FinishReason.STOP}

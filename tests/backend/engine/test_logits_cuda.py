@@ -68,7 +68,7 @@ def submit_all(driver: Driver, names: list[str] = NAMES) -> None:
 
 def check_coverage(driver: Driver, mode: Mode) -> None:
     """The requests met each way to compute a step that the mode has."""
-    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+    assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
     if mode.graphs:
         tiers = {tier for *_, tier in driver.replayed}
         assert tiers & {64, 128, 256} if mode.strategy == "bordered" else tiers <= {0}

@@ -8,12 +8,15 @@ from collections.abc import Collection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora_backend.adapters.manager import Lease
+from multilora_backend.adapters.state import Lease
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, SamplingParams, Sequence, SequenceStatus, StepPlan
 from multilora_backend.scheduling.pages import PageTable
-from multilora_backend.scheduling.policy import AdapterFirst, FirstCome
+from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
+
+
+FIRST_COME = Policy(adapter_first=False, fair_share=False, priority=False, preload=False)
 
 
 class FakeAdapters:
@@ -59,6 +62,12 @@ class FakeAdapters:
     def resident(self) -> Collection[str]:
         return list(self.active)
 
+    def load_cost_s(self, name: str) -> float:
+        return 0.0 if name in self.active else 0.002
+
+    def prefetch(self, name: str) -> None:
+        pass
+
 
 def make(
     *, num_pages=100, page_size=4, seqs=8, tokens=32, max_loras=0, adapters=None, policy=None, caching=True
@@ -66,7 +75,7 @@ def make(
     return Scheduler(
         PageTable(num_pages, page_size, caching),
         adapters or FakeAdapters(),
-        policy or AdapterFirst(max_overtake_s=5.0),
+        policy or Policy(max_overtake_s=5.0),
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_loras=max_loras,
@@ -165,7 +174,7 @@ def test_a_high_priority_sequence_is_preempted_last():
 
 def test_a_load_holds_up_nobody_else():
     adapters = FakeAdapters(instant=False)
-    scheduler = make(adapters=adapters, policy=FirstCome())
+    scheduler = make(adapters=adapters, policy=FIRST_COME)
     cold, base = add(scheduler, adapter="cold"), add(scheduler, arrival=1.0)
     assert names(run(scheduler)) == [""]
     assert cold.status is SequenceStatus.WAITING_ADAPTER
@@ -249,7 +258,7 @@ def test_every_request_ends_whatever_comes(data: st.DataObject):
         tokens=data.draw(st.integers(1, 12)),
         max_loras=data.draw(st.integers(0, 2)),
         adapters=adapters,
-        policy=data.draw(st.sampled_from([FirstCome(), AdapterFirst(3.0)])),
+        policy=data.draw(st.sampled_from([FIRST_COME, Policy(max_overtake_s=3.0, tenure_s=1.0)])),
     )
     live: list[Sequence] = []
     lengths: dict[tuple, int] = {}
