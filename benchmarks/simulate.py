@@ -25,7 +25,7 @@ from simulation.simulator import simulate
 from simulation.summary import summarise
 from simulation.targets import BASELINE, OURS, Target, evaluate
 
-COLUMNS = ("done", "of", "tokens/s", "TTFT p50 s", "p99 s", "goodput/s", "loads", "reads", "host ms", "real s")
+COLUMNS = ("done", "of", "tokens/s", "TTFT p50 s", "p99 s", "goodput/s", "loads", "reads", "host ms", "CPU s")
 
 
 def play(scenario: str, index: int, scheduler: str, scale: float) -> tuple[str, str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def show(scenario: str, cases: dict[str, dict[str, dict[str, Any]]]) -> None:
                     f"{figures['loads']:,}",
                     f"{figures['reads']:,}",
                     f"{figures['host_ms']['p50']:.2f}",
-                    f"{figures['wall_s']:.0f}",
+                    f"{figures['cpu_s']:.0f}",
                 ]
             )
     report.show(scenario, ["case", *COLUMNS], rows)

@@ -69,7 +69,7 @@ class Recorder:
     adapters_in_steps: int = 0
     """Different adapters of each step, added up."""
     host_s: list[float] = field(default_factory=list)
-    """Real seconds that scheduler and manager took for each step."""
+    """Real CPU seconds that scheduler and manager took for each step: other work on the machine is not counted."""
     full_host_s: list[float] = field(default_factory=list)
     """The same, of steps whose batch was full."""
     _sample_at: float = 0.0

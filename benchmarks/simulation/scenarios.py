@@ -98,7 +98,7 @@ def platform(scale: float) -> Iterator[Case]:
 
 def loop(scale: float) -> Iterator[Case]:
     """What the step loop costs the host: 10,000 registered, 512 running, thousands waiting."""
-    requests = partial(workloads.s_lora, 10_000, 0.3, 1e6, 1.0, 0.004 * scale, lengths=(200, 512))
+    requests = partial(workloads.s_lora, 10_000, 0.1, 1e6, 1.0, 0.004 * scale, lengths=(200, 512))
     setup = Setup(_registered(10_000), DEFAULT_POOL, settings={"max_num_seqs": 512}, until=30.0 * scale)
     yield Case("512 running of 10000", requests, setup)
 

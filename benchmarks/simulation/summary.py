@@ -13,6 +13,8 @@ from simulation.simulator import Run
 
 TTFT_LIMIT_S = 6.0
 """S-LoRA's service level: a request whose first token comes later is worth nothing."""
+ALL_AT_ONCE_S = 1.0
+"""Requests that come within so long are a batch: they have no rate, and count over the time that all of it takes."""
 ADAPTERS_SHOWN = 16
 PERCENTS = (50, 90, 99)
 TIMELINE_S = (100.0, 160.0)
@@ -27,7 +29,8 @@ def summarise(run: Run) -> dict[str, Any]:
     records = recorder.records
     in_time = [r for r in records if r.done and r.ttft <= TTFT_LIMIT_S]
     # Load ends with the last arrival: what it takes to drain the rest is no part of the rate that is offered.
-    offered_s = max((r.request.at for r in records), default=0.0) or run.seconds
+    last = max((r.request.at for r in records), default=0.0)
+    offered_s = last if last > ALL_AT_ONCE_S else run.seconds
     span = min(run.seconds, run.setup.until)
     return {
         "requests": len(records),
@@ -49,7 +52,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "host_ms": _in_ms(recorder.host_s),
         "full_host_ms": _in_ms(recorder.full_host_s),
         "full_steps": len(recorder.full_host_s),
-        "wall_s": run.wall_s,
+        "cpu_s": run.cpu_s,
         "adapters": _by_adapter(records, run.seconds),
         "service": _service(recorder),
         "difference": max(
