@@ -164,7 +164,7 @@ def _checked(kept: _Kept, source: Source) -> Path:
 def _kept(place: Path) -> list[_Kept]:
     """What is there, the newest first. A manifest that cannot be read is no manifest."""
     found = []
-    for path in place.glob(f"*/{MANIFEST}"):
+    for path in place.glob(f"[!.]*/{MANIFEST}"):  # pathlib's * would find unfinished downloads, too
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads(path.read_text())
             remote = {name: RemoteFile(**said["remote"][name]) for name in FILES}

@@ -10,7 +10,7 @@ from multilora_backend.adapters.registry import Registry
 from multilora_backend.adapters.remembered import Remembered
 from multilora_backend.adapters.revisions import Revisions
 from multilora_backend.adapters.state import AdapterRecord, AdapterState
-from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 from multilora_backend.protocol import AdapterInfo
 
 
@@ -106,9 +106,12 @@ class Naming:
         self._remembered.forget(entry)
 
     def _current(self, name: str) -> AdapterRecord:
-        """Of a name or an alias of one: what is pinned or preloaded is what requests for the name get."""
+        """What requests for a name get: that alone can be pinned or preloaded. Raises for a version that is not it."""
         self._require_enabled()
-        return self._find(*self.registry.follow(name))
+        record = self._find(*self.registry.follow(name))
+        if record.retired:
+            raise invalid("name", f"{name!r} is not the current revision of {record.entry.name!r}")
+        return record
 
     def _find(self, name: str, version: str) -> AdapterRecord:
         """Raises MultiloraError if the name has no such version, or several."""

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from multilora_backend.adapters.books import Event, Happened
-from multilora_backend.adapters.entry import AdapterEntry
+from multilora_backend.adapters.entry import AdapterEntry, Origin
 from multilora_backend.adapters.lifecycle import Lifecycle
 from multilora_backend.adapters.loader import Purpose
 from multilora_backend.adapters.state import AdapterRecord, AdapterState
@@ -41,6 +41,8 @@ class Revisions:
         self._candidates: dict[str, AdapterRecord] = {}
         self._wanted: dict[str, AdapterRecord] = {}
         """By key: an operator wants it on the device, and it is not there yet."""
+        self._retrying: dict[str, AdapterRecord] = {}
+        """Candidates that could not be read for a cause that may pass, and that nobody but we will try again."""
         self._ending: dict[str, AdapterRecord] = {}
         """Nobody will ask for it again, but something of it is under way."""
 
@@ -95,6 +97,7 @@ class Revisions:
 
     def retire(self, record: AdapterRecord) -> None:
         record.retired = True
+        self._retrying.pop(record.key, None)
         self._life.residency.pins.remove(record)
         self._wanted.pop(record.key, None)
         self._life.keep(record)
@@ -152,17 +155,19 @@ class Revisions:
             if record.ends:
                 continue
             match event.what:
-                case Happened.CHECKED:
-                    self._found_fine(record, event)
-                case Happened.READ:
-                    self._found_fine(record, event)
-                    polled.read.append(record)
+                case Happened.CHECKED | Happened.READ:
+                    self._found_fine(record)
+                    polled.read += [record] if record.version else []
                 case Happened.CHANGED:
                     self._changed(record, event, polled)
                 case Happened.FAILED:
                     self._failed(record, polled)
         for record in list(self._wanted.values()):
             self._bring(record)
+        for record in list(self._retrying.values()):
+            if self._life.revive(record):
+                del self._retrying[record.key]
+                self.examine(record, weights=False)
         for record in list(self._ending.values()):
             self.settle(record)
         return polled
@@ -175,7 +180,7 @@ class Revisions:
         self._life.books.add(record)
         return record
 
-    def _found_fine(self, record: AdapterRecord, event: Event) -> None:
+    def _found_fine(self, record: AdapterRecord) -> None:
         name = record.entry.name
         if self._candidates.get(name) is record:
             current = self.current[name]
@@ -184,6 +189,7 @@ class Revisions:
                 current.entry, current.fingerprint = record.entry, record.fingerprint
                 self._drop_candidate(name)
                 return
+            current.note = ""
             self.promote(record)
         if record.pinned:
             self.pin(record)  # its rank is known now
@@ -221,7 +227,10 @@ class Revisions:
         if self._candidates.get(name) is record:
             assert current is not None
             current.note = f"a new revision from {record.entry.source.text} was refused: {record.reason}"
-            self._drop_candidate(name)
+            if record.passing and record.entry.origin is Origin.CONFIG:
+                self._retrying[record.key] = record
+            else:
+                self._drop_candidate(name)
         elif record.retired and current is not None and current.state is not AdapterState.FAILED:
             polled.moved.append((record.key, current.key))
         else:

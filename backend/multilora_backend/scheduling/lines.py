@@ -42,7 +42,7 @@ class Line:
 
     @property
     def head(self) -> Sequence:
-        return next(iter(self.waiting.values()))
+        return first(self.waiting)
 
     @property
     def tenant(self) -> str:
@@ -141,6 +141,10 @@ class Lines:
             charge(line.path, self._policy.output_weight * line.sampled)
             line.quota.charge(line.sampled, now)
             line.sampled = 0
+
+
+def first(queue: OrderedDict[Key, Sequence]) -> Sequence:
+    return next(iter(queue.values()))
 
 
 def line_of(sequence: Sequence) -> Line:

@@ -92,8 +92,8 @@ class Policy:
         if len(line.fresh) < len(line.waiting):
             due = max(line.head.arrival, left) + overtake
         if line.fresh:
-            first = next(iter(line.fresh.values()))
-            due = min(due, max(first.arrival, left - self.seniority_s) + overtake, first.deadline)
+            oldest = next(iter(line.fresh.values()))
+            due = min(due, max(oldest.arrival, left - self.seniority_s) + overtake, oldest.deadline)
         return due
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from multilora_backend.core import FinishReason, Sequence, SequenceStatus
 from multilora_backend.scheduling.interface import Adapters
-from multilora_backend.scheduling.lines import Key, Lines, line_of
+from multilora_backend.scheduling.lines import Key, Lines, first, line_of
 from multilora_backend.scheduling.memory import Memory
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy
@@ -80,7 +80,9 @@ class Sequences:
         line.running += 1
         line.quota.running += 1
         if sequence.adapter:
-            self.turns.holders[sequence.adapter].running += 1
+            turn = self.turns.holders[sequence.adapter]
+            turn.running += 1
+            turn.ran = True
         if sequence.started is None:
             sequence.started = now
             self.lines.charge_prompt(sequence, now)
@@ -119,7 +121,7 @@ class Sequences:
 
     def _wait_no_more(self, sequence: Sequence) -> None:
         line = line_of(sequence)
-        was_first = line.head is sequence or (bool(line.fresh) and next(iter(line.fresh.values())) is sequence)
+        was_first = line.head is sequence or (bool(line.fresh) and first(line.fresh) is sequence)
         del self.waiting[sequence.key]
         self.memory.paused.pop(sequence.key, None)
         self.lines.take(sequence)

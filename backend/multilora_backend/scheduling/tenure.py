@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 PATIENCE = 4
 """After so many tenures an adapter goes in any case: it is what bounds everybody's wait."""
+SECOND = 2
+"""So many tenures has an adapter some of whose requests wait since before its turn: seats were short, not its slot."""
 WEIGHTS = 4.0
 """A class's adapters keep their slots longer by its weight, but at most this factor longer than another's."""
 
@@ -31,6 +33,8 @@ class Holder:
     held_s: float
     due: float
     """The smallest of its waiting lines; infinite if all of its sequences run."""
+    behind: bool
+    """Something that has never run waits since before this turn."""
     weight: float
     """Of the class that took the slot."""
     share: float
@@ -47,7 +51,7 @@ def victim(holders: Iterable[Holder], candidate: Candidate, tenure_s: float) -> 
     chosen: str | None = None
     for holder in holders:
         tenure = tenure_s * max(1 / WEIGHTS, min(WEIGHTS, holder.weight / candidate.weight))
-        if holder.held_s < tenure:
+        if holder.held_s < tenure * (SECOND if holder.behind else 1):
             continue
         richer, younger = holder.share > candidate.share, holder.due > candidate.due
         if richer or younger or holder.held_s >= PATIENCE * tenure:

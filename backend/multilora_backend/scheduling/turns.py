@@ -17,14 +17,16 @@ from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import SequenceStatus
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.ledger import Ledger, to_give_up
-from multilora_backend.scheduling.lines import Line, Lines
+from multilora_backend.scheduling.lines import Line, Lines, first
 from multilora_backend.scheduling.policy import NEVER, Policy
 from multilora_backend.scheduling.preload import SOON_S
-from multilora_backend.scheduling.tenure import Candidate, Holder, victim
+from multilora_backend.scheduling.tenure import PATIENCE, Candidate, Holder, victim
 from multilora_backend.scheduling.wanting import Wanting
 
 LOOKAHEAD = 16
 """Lines without a slot that are looked at in a step, besides those whose adapter is ACTIVE."""
+FLOWS = 1.0
+"""Slots that became free by themselves in the last two tenures, over all slots."""
 TIGHT_S = 1.0
 """So long after somebody waited for room in the pool, nothing is given room that has yet to be read from the disk."""
 PREFETCH_PATIENCE_S = 1.0
@@ -42,6 +44,8 @@ class Turn:
     """Of the class of that line."""
     since: float
     running: int = 0
+    ran: bool = False
+    """A sequence has run with it in this turn."""
     closing: bool = False
     """It admits nothing more, for somebody is to have its slot."""
 
@@ -60,6 +64,7 @@ class Turns:
         self._max_loras = max_loras
         self._ledger = Ledger()
         self._tight_until = 0.0
+        self._freed, self._freed_at = 0.0, 0.0
         self._left: dict[str, float] = {}
         """When adapters that want a slot were last turned out."""
 
@@ -188,7 +193,8 @@ class Turns:
             candidate = Candidate(line.due, self._policy.weight(line), self.wanting.share(line, 1))
             turns = (t for t in self.holders.values() if not t.closing and (not own or t.tenant == line.tenant))
             holders = (self._holder(turn, now) for turn in turns)
-            chosen = victim(holders, candidate, self._policy.tenure_s)
+            patience = PATIENCE if self._flows(now) else 1
+            chosen = victim(holders, candidate, self._policy.tenure_s * patience)
             if chosen is None:
                 return False
             turn = self.holders[chosen]
@@ -198,6 +204,14 @@ class Turns:
             return True
         return False
 
+    def _flows(self, now: float) -> bool:
+        """True if slots become free by themselves about as often as tenure would see to it.
+
+        Then to turn somebody out helps nobody: the adapter would have to be loaded again for what it left undone.
+        """
+        freed = self._freed * math.exp(min(0.0, self._freed_at - now) / (2 * self._policy.tenure_s))
+        return freed >= FLOWS * len(self.holders)
+
     def _holder(self, turn: Turn, now: float) -> Holder:
         lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
         left = self._left.get(turn.adapter, NEVER)
@@ -205,6 +219,7 @@ class Turns:
             adapter=turn.adapter,
             held_s=now - turn.since,
             due=min((self._policy.due(line, left) for line in lines), default=math.inf),
+            behind=any(line.fresh and first(line.fresh).arrival < turn.since for line in lines),
             weight=turn.weight,
             share=self.wanting.slots[turn.tenant] / self._lines.quota(turn.tenant, now).tenant.weight,
         )
@@ -219,6 +234,10 @@ class Turns:
         del self.holders[turn.adapter]
         self.wanting.gave(turn.tenant)
         lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
+        if turn.ran and not turn.closing:
+            span = 2 * self._policy.tenure_s
+            self._freed = 1 + self._freed * math.exp(min(0.0, self._freed_at - now) / span)
+            self._freed_at = now
         if turn.closing and lines:
             self._left[turn.adapter] = now
             self.handovers += 1

@@ -180,6 +180,13 @@ def test_many_at_once_get_one_whole_copy(server, source, tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_a_download_that_is_not_published_yet_is_nobodys(server, source, tmp_path):
+    folder = fetch(source, tmp_path, LIMIT)
+    folder.rename(folder.with_name(".part-x"))
+    assert fetch(source, tmp_path, LIMIT) == folder
+    assert server.downloads() == 2
+
+
 def test_what_a_killed_download_left_is_cleared_away(source, tmp_path):
     place = fetch(source, tmp_path, LIMIT).parent
     for name, age in (("dead", cache.STALE_S + 60), ("live", 0)):

@@ -117,6 +117,9 @@ def test_versions_are_addressed_by_their_beginning():
     asked = ("a", "blue", "green", f"a@{old[:6]}", f"a@{new[:6]}")
     assert [manager.resolve(name) for name in asked] == ["a@2", "a", "a@2", "a", "a@2"]
     assert manager.show("blue").current is False
+    for command in (manager.pin, manager.unpin, manager.preload):
+        with pytest.raises(MultiloraError, match="'blue' is not the current revision of 'a'"):
+            command("blue")
     with pytest.raises(MultiloraError, match=rf"known: .*{old}"):
         manager.resolve("a@ffffff")
     # Nothing but the alias keeps the old revision.

@@ -71,6 +71,25 @@ def test_a_new_revision_that_is_broken_leaves_the_old_one_serving_and_says_so():
     assert bench.manager.show("a").reason == ""
 
 
+def test_a_new_revision_that_cannot_be_read_for_now_is_tried_again():
+    bench = replaced()
+    bench.loader.change("a", OSError("away"))
+    bench.reconcile()
+    bench.land()
+    bench.settle()
+    info = bench.manager.show("a")
+    assert (info.key, info.pending) == ("a", True)
+    assert "was refused: away" in info.reason
+    bench.clock.now += 1
+    bench.settle()
+    assert bench.manager.show("a").key == "a"
+    bench.loader.content["a"] = 7
+    bench.clock.now += 2
+    bench.settle()
+    assert (bench.manager.show("a").rank, bench.manager.show("a").reason) == (7, "")
+    assert bench.manager.resolve("a") != "a"
+
+
 def test_files_that_were_touched_and_say_what_they_said_change_nothing():
     bench = Bench({"a": 3}, watched=True)
     bench.activate("a")
