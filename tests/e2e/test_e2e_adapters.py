@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from adapter_traffic import Traffic
 from multilora_backend.launcher import TritonServer
 from multilora_client import AdapterNotFound, Client, InvalidRequest, RequestTimeout, ServerError
 from tiny.tasks import BASE, TASKS
-from traffic import Traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples/tiny/adapters"

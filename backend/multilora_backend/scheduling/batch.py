@@ -16,13 +16,11 @@ def in_order(running: Iterable[Sequence], *, by_class: bool) -> list[Sequence]:
     """
     decoding: list[Sequence] = []
     prompts: list[Sequence] = []
-    weights: set[float] = set()
     for sequence in running:
         length = len(sequence.token_ids)
         if length < sequence.max_len:
             (prompts if length - sequence.num_computed > 1 else decoding).append(sequence)
-            weights.add(_weight(sequence))
-    if by_class and len(weights) > 1:
+    if by_class:
         decoding.sort(key=_weight, reverse=True)
         prompts.sort(key=_weight, reverse=True)
     return decoding + prompts

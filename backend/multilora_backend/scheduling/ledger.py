@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class Ledger:
-    """An adapter counts as the tenant's that was the last to ask for it."""
+    """An adapter counts as the tenant's that was the last to ask for it. Only tenants with a cap have entries."""
 
     def __init__(self) -> None:
         self._owner: dict[str, str] = {}

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from multilora_backend.core import Sequence
+from multilora_backend.core import Sequence, Slot
 from multilora_backend.scheduling.accounts import Accounts, Path, backlogged, charge, close, emptied
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.quotas import Quota
@@ -129,14 +129,15 @@ class Lines:
         charge(line.path, self._policy.input_weight * sequence.prompt_len)
         line.quota.charge(sequence.prompt_len, now)
 
-    def charge_sampled(self, sequences: Iterable[Sequence], now: float) -> None:
-        """One token for each."""
+    def charge_sampled(self, slots: Iterable[Slot], now: float) -> None:
+        """One token for each that samples."""
         touched: list[Line] = []
-        for sequence in sequences:
-            line = line_of(sequence)
-            if not line.sampled:
-                touched.append(line)
-            line.sampled += 1
+        for slot in slots:
+            line = slot.sequence.line
+            if slot.samples and line is not None:
+                if not line.sampled:
+                    touched.append(line)
+                line.sampled += 1
         for line in touched:
             charge(line.path, self._policy.output_weight * line.sampled)
             line.quota.charge(line.sampled, now)

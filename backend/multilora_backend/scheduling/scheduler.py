@@ -115,7 +115,7 @@ class Scheduler:
         slots, preempted, budget = self._continue_running()
         if not preempted and budget > 0 and self.waiting:
             self._admit(slots, budget, now)
-        self.lines.charge_sampled([slot.sequence for slot in slots if slot.samples], now)
+        self.lines.charge_sampled(slots, now)
         if not self.turns.wanting:  # those who wait already come first
             self._preloader.look(now, self.lines.waiting_by_adapter, self.turns.holders)
         return StepPlan(tuple(slots), tuple(preempted))
@@ -130,7 +130,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         slots: list[Slot] = []
         preempted: list[Sequence] = []
-        queue = in_order(self.running.values(), by_class=self.policy.priority)
+        by_class = self.policy.priority and self._sequences.classes_differ
+        queue = in_order(self.running.values(), by_class=by_class)
         at, end, size = 0, len(queue), self.pages.page_size
         while at < end and budget > 0:
             sequence = queue[at]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from multilora_backend.core import FinishReason, Sequence, SequenceStatus
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.lines import Key, Lines, first, line_of
@@ -26,9 +28,16 @@ class Sequences:
         self.turns = Turns(policy, self.lines, adapters, max_loras)
         self.memory = Memory(pages)
         self.pauses = 0
+        self._weights: Counter[float] = Counter()
+        """Running sequences by the weight of their class."""
         self._pages = pages
         self._adapters = adapters
         self._policy = policy
+
+    @property
+    def classes_differ(self) -> bool:
+        """Running sequences are of classes of unequal weight."""
+        return len(self._weights) > 1
 
     def add(self, sequence: Sequence, now: float) -> None:
         line = self.lines.join(sequence, now)
@@ -78,6 +87,7 @@ class Sequences:
         sequence.start_len = len(sequence.token_ids)
         line = line_of(sequence)
         line.running += 1
+        self._weights[line.sla.weight] += 1
         line.quota.running += 1
         if sequence.adapter:
             turn = self.turns.holders[sequence.adapter]
@@ -135,6 +145,9 @@ class Sequences:
         del self.running[sequence.key]
         line = line_of(sequence)
         line.running -= 1
+        self._weights[line.sla.weight] -= 1
+        if not self._weights[line.sla.weight]:
+            del self._weights[line.sla.weight]
         line.quota.running -= 1
         if line.quota.capped:
             self.turns.wanting.unpark(line.tenant)

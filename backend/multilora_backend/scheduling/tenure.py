@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time-slicing, as a pure function: which adapter gives up its slot to one that is overdue."""
+"""Time-slicing: which adapter gives up its slot to one that is overdue, and whether any has to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ SECOND = 2
 """So many tenures has an adapter some of whose requests wait since before its turn: seats were short, not its slot."""
 WEIGHTS = 4.0
 """A class's adapters keep their slots longer by its weight, but at most this factor longer than another's."""
+FLOWS = 1.0
+"""Slots that became free by themselves within two tenures, over all slots."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,24 @@ class Holder:
     """The smallest of its waiting lines; infinite if all of its sequences run."""
     behind: bool
     """Something that has never run waits since before this turn."""
+    work: int
+    """Its sequences, running and waiting: what the batch loses if it goes."""
     weight: float
     """Of the class that took the slot."""
     share: float
     """Slots of the tenant that took it over the tenant's weight."""
 
 
-def victim(holders: Iterable[Holder], candidate: Candidate, tenure_s: float) -> str | None:
+def victim(holders: Iterable[Holder], candidate: Candidate, tenure_s: float, seats: bool) -> str | None:
     """The adapter to be turned out, or None if all may stay for now.
 
+    `seats`: the batch is not full, so that slots are what it lacks.
+
     Its tenure is over, and it either belongs to a tenant that has more than the candidate's would, or has nothing that
-    waits as long as the candidate, or has stayed for PATIENCE tenures. Of several, the one that would miss it least.
+    waits as long as the candidate, or has stayed for PATIENCE tenures. Of several, the one that would miss it least, or
+    with `seats` the one that the batch would miss least.
     """
-    least: tuple[float, float, float] | None = None
+    least: tuple[float, ...] | None = None
     chosen: str | None = None
     for holder in holders:
         tenure = tenure_s * max(1 / WEIGHTS, min(WEIGHTS, holder.weight / candidate.weight))
@@ -55,7 +63,30 @@ def victim(holders: Iterable[Holder], candidate: Candidate, tenure_s: float) -> 
             continue
         richer, younger = holder.share > candidate.share, holder.due > candidate.due
         if richer or younger or holder.held_s >= PATIENCE * tenure:
-            key = (-holder.share, -holder.due, -holder.held_s)
+            key = (-holder.share, holder.work if seats else 0, -holder.due, -holder.held_s)
             if least is None or key < least:
                 least, chosen = key, holder.adapter
     return chosen
+
+
+@dataclass
+class Flow:
+    """How often slots become free by themselves, with exponential weights."""
+
+    span_s: float
+    freed: float = 0.0
+    """In the last `span_s`, as of `at`."""
+    at: float = 0.0
+
+    def count(self, now: float) -> None:
+        self.freed, self.at = 1 + self.recent(now), now
+
+    def recent(self, now: float) -> float:
+        return self.freed * math.exp(min(0.0, self.at - now) / self.span_s)
+
+    def suffices(self, slots: int, now: float) -> bool:
+        """True if slots change hands about as often as tenure would see to it.
+
+        Then to turn somebody out helps nobody: the adapter would have to be loaded again for what it left undone.
+        """
+        return self.recent(now) >= FLOWS * slots

@@ -20,13 +20,13 @@ from multilora_backend.scheduling.ledger import Ledger, to_give_up
 from multilora_backend.scheduling.lines import Line, Lines, first
 from multilora_backend.scheduling.policy import NEVER, Policy
 from multilora_backend.scheduling.preload import SOON_S
-from multilora_backend.scheduling.tenure import PATIENCE, Candidate, Holder, victim
+from multilora_backend.scheduling.tenure import PATIENCE, WEIGHTS, Candidate, Flow, Holder, victim
 from multilora_backend.scheduling.wanting import Wanting
 
 LOOKAHEAD = 16
 """Lines without a slot that are looked at in a step, besides those whose adapter is ACTIVE."""
-FLOWS = 1.0
-"""Slots that became free by themselves in the last two tenures, over all slots."""
+HANDOVERS = 4
+"""Slots that are given up in a step, at most: each may cost the adapter manager a look at all that it has."""
 TIGHT_S = 1.0
 """So long after somebody waited for room in the pool, nothing is given room that has yet to be read from the disk."""
 PREFETCH_PATIENCE_S = 1.0
@@ -63,8 +63,14 @@ class Turns:
         self._adapters = adapters
         self._max_loras = max_loras
         self._ledger = Ledger()
+        self._seats = True
         self._tight_until = 0.0
-        self._freed, self._freed_at = 0.0, 0.0
+        self._flow = Flow(2 * policy.tenure_s)
+        self._closing: list[Turn] = []
+        """Those that give up their slot, as far as nobody was found for it in this step."""
+        self._tenured: list[Holder] | None = None
+        """Who could be turned out in this step; None: not looked up yet."""
+        self._handed = 0
         self._left: dict[str, float] = {}
         """When adapters that want a slot were last turned out."""
 
@@ -84,24 +90,23 @@ class Turns:
 
         `pause` stops an adapter's sequences if that is wise now, and says whether its slot is free.
         """
+        self._seats, self._tenured, self._handed = seats, None, 0
         for turn in [turn for turn in self.holders.values() if not turn.running]:
             self._end(turn, now)
         active = self._active_outside()
         lines = self.wanting.pop(LOOKAHEAD, now)
         listed = set(lines)
         lines += [line for line in active if line not in listed]
-        if not lines and not any(turn.closing for turn in self.holders.values()):
-            return
+        self._closing = [turn for turn in self.holders.values() if turn.closing]
         lines.sort(key=lambda line: self._order(line, now))
-        self._hand_out(lines, {line.adapter for line in active}, now, seats, pause)
+        self._hand_out(lines, {line.adapter for line in active}, now, pause)
+        for turn in self._closing:  # nobody needs their slots any more
+            turn.closing = False
         for line in lines:
             if line.waiting and line.adapter not in self.holders:
                 self.wanting.push(line, line.due)
 
-    def _hand_out(
-        self, lines: list[Line], active: set[str], now: float, seats: bool, pause: Callable[[Turn], bool]
-    ) -> None:
-        closing = [turn for turn in self.holders.values() if turn.closing]
+    def _hand_out(self, lines: list[Line], active: set[str], now: float, pause: Callable[[Turn], bool]) -> None:
         seen: set[str] = set()
         blocked = False  # somebody overdue waits for a slot, so no later line may take one, nor the room for it
         for line in lines:
@@ -111,14 +116,14 @@ class Turns:
             overdue = now >= line.due
             if blocked:
                 if overdue:
-                    self._turn_out(line, closing, now, pause)
+                    self._turn_out(line, now, pause)
                 continue
             full = bool(self._max_loras) and len(self.holders) >= self._max_loras
-            if not overdue and (full or not seats) and not self._policy.preload:
+            if not overdue and (full or not self._seats) and not self._policy.preload:
                 continue
             if line.quota.tenant.adapter_bytes and not self._within_cap(line):
                 if overdue and line.tenant in self.wanting.slots:  # its own adapters are in the way, nobody else's
-                    self._turn_out(line, closing, now, pause, own=True)
+                    self._turn_out(line, now, pause, own=True)
                 continue
             if now < self._tight_until and self._adapters.load_cost_s(line.adapter) > SOON_S:
                 self._adapters.prefetch(line.adapter)  # the room that it takes while it is read can serve somebody
@@ -126,7 +131,7 @@ class Turns:
                     continue
             state = self._request(line, seen if overdue else seen | active)
             if state is AdapterState.ACTIVE:
-                if full and overdue and self._turn_out(line, closing, now, pause):
+                if full and overdue and self._turn_out(line, now, pause):
                     full = len(self.holders) >= self._max_loras
                 if not full:
                     self._begin(line, now)
@@ -134,11 +139,9 @@ class Turns:
             elif self._adapters.waits_for_room(line.adapter):
                 self._tight_until = now + TIGHT_S
                 if overdue:
-                    if self._turn_out(line, closing, now, pause):
+                    if self._turn_out(line, now, pause):
                         self._request(line, seen)
                     blocked = self._adapters.waits_for_room(line.adapter)
-        for turn in closing:  # those that nobody needs any more
-            turn.closing = False
 
     def _order(self, line: Line, now: float) -> tuple[bool, bool, float, float]:
         overdue = now >= line.due
@@ -160,7 +163,10 @@ class Turns:
 
     def _request(self, line: Line, protect: Collection[str]) -> AdapterState:
         state = self._adapters.request(line.adapter, protect)
-        self._ledger.asked(line.adapter, line.tenant)
+        if line.quota.tenant.adapter_bytes:
+            self._ledger.asked(line.adapter, line.tenant)
+        else:
+            self._ledger.forget(line.adapter)
         if state is not AdapterState.ACTIVE and line.head.status is SequenceStatus.WAITING:
             line.head.transition(SequenceStatus.WAITING_ADAPTER)
         return state
@@ -181,36 +187,37 @@ class Turns:
         chosen = to_give_up(held, idle, need, line.quota.tenant.adapter_bytes)
         return chosen is not None and all(self._adapters.give_up(key) for key in chosen)
 
-    def _turn_out(
-        self, line: Line, closing: list[Turn], now: float, pause: Callable[[Turn], bool], own: bool = False
-    ) -> bool:
+    def _turn_out(self, line: Line, now: float, pause: Callable[[Turn], bool], own: bool = False) -> bool:
         """Makes an adapter give up its slot to `line`; `own`: one of the same tenant. True if one is free by now."""
-        before = next((turn for turn in closing if not own or turn.tenant == line.tenant), None)
-        if before is not None:
-            turn = before
-            closing.remove(turn)
+        turn = next((turn for turn in self._closing if not own or turn.tenant == line.tenant), None)
+        if turn is not None:
+            self._closing.remove(turn)
         else:
-            candidate = Candidate(line.due, self._policy.weight(line), self.wanting.share(line, 1))
-            turns = (t for t in self.holders.values() if not t.closing and (not own or t.tenant == line.tenant))
-            holders = (self._holder(turn, now) for turn in turns)
-            patience = PATIENCE if self._flows(now) else 1
-            chosen = victim(holders, candidate, self._policy.tenure_s * patience)
-            if chosen is None:
+            turn = self._choose(line, now, own)
+            if turn is None:
                 return False
-            turn = self.holders[chosen]
             turn.closing = True
         if pause(turn):
             self._end(turn, now)
             return True
         return False
 
-    def _flows(self, now: float) -> bool:
-        """True if slots become free by themselves about as often as tenure would see to it.
-
-        Then to turn somebody out helps nobody: the adapter would have to be loaded again for what it left undone.
-        """
-        freed = self._freed * math.exp(min(0.0, self._freed_at - now) / (2 * self._policy.tenure_s))
-        return freed >= FLOWS * len(self.holders)
+    def _choose(self, line: Line, now: float, own: bool) -> Turn | None:
+        if self._handed >= HANDOVERS:
+            return None
+        tenure = self._policy.tenure_s * (PATIENCE if self._flow.suffices(len(self.holders), now) else 1)
+        if self._tenured is None:
+            since = now - tenure / WEIGHTS
+            turns = (turn for turn in self.holders.values() if turn.since <= since and not turn.closing)
+            self._tenured = [self._holder(turn, now) for turn in turns]
+        candidate = Candidate(line.due, self._policy.weight(line), self.wanting.share(line, 1))
+        holders = [h for h in self._tenured if not own or self.holders[h.adapter].tenant == line.tenant]
+        chosen = victim(holders, candidate, tenure, self._seats)
+        if chosen is None:
+            return None
+        self._handed += 1
+        self._tenured = [holder for holder in self._tenured if holder.adapter != chosen]
+        return self.holders[chosen]
 
     def _holder(self, turn: Turn, now: float) -> Holder:
         lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
@@ -220,6 +227,7 @@ class Turns:
             held_s=now - turn.since,
             due=min((self._policy.due(line, left) for line in lines), default=math.inf),
             behind=any(line.fresh and first(line.fresh).arrival < turn.since for line in lines),
+            work=turn.running + sum(len(line.waiting) for line in lines),
             weight=turn.weight,
             share=self.wanting.slots[turn.tenant] / self._lines.quota(turn.tenant, now).tenant.weight,
         )
@@ -235,9 +243,7 @@ class Turns:
         self.wanting.gave(turn.tenant)
         lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
         if turn.ran and not turn.closing:
-            span = 2 * self._policy.tenure_s
-            self._freed = 1 + self._freed * math.exp(min(0.0, self._freed_at - now) / span)
-            self._freed_at = now
+            self._flow.count(now)
         if turn.closing and lines:
             self._left[turn.adapter] = now
             self.handovers += 1

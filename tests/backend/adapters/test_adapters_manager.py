@@ -118,6 +118,25 @@ def test_unknown_ranks_that_find_no_room_keep_what_was_read():
     assert bench.loader.read == ["a", "b"]
 
 
+@pytest.mark.parametrize(("checked", "read"), [(8, 16), (16, 3)])
+def test_a_place_for_another_rank_than_what_is_read_is_given_back(checked, read):
+    bench = Bench({"a": checked, "b": 8, "c": 4}, ranks=32)
+    bench.manager.check_all()
+    bench.land()
+    assert bench.manager.request("a") is LOADING
+    assert bench.manager.request("b") is LOADING
+    bench.loader.content["a"] = read
+    bench.settle()
+    bench.activate("c")
+    pool, sizes = bench.manager.pool, {"a": read, "b": 8, "c": 4}
+    for name in bench.manager.resident():
+        start = int(pool.rank_start[bench.manager.lease(name).slot])
+        assert torch.equal(
+            pool.b[0][start : start + sizes[name]], weights_of(name, sizes[name]).sites[0].b[: sizes[name]]
+        )
+    assert set(bench.manager.resident()) == {"a", "b", "c"}
+
+
 def test_loads_under_way_are_bounded():
     bench = Bench({f"a{i}": 1 for i in range(9)}, load_threads=2)
     states = [bench.manager.request(f"a{i}") for i in range(9)]

@@ -142,6 +142,22 @@ def test_a_folder_that_changed_unseen_is_the_next_revision_when_it_is_read():
     assert manager.show("a").version == version_of("a", 5)
 
 
+def test_a_change_that_is_found_while_a_newer_source_is_looked_at_leads_to_that_one():
+    bench = Bench({"a": 3, "b": 24}, more_folders={"new": 6}, watched=True, host_bytes=0)
+    manager = bench.manager
+    bench.activate("a", "b")
+    manager.hold("a")
+    bench.reconcile(a=bench.entry("a", "new"))
+    check, bench.loader.jobs = bench.loader.jobs, []
+    bench.loader.change("a", 5)
+    manager.request("a")
+    bench.loader.run()
+    assert manager.poll().moved == [("a", "a@2")]
+    bench.loader.jobs += check
+    bench.activate(manager.resolve("a"))
+    assert manager.show("a").version == version_of("new", 6)
+
+
 def test_who_waits_for_a_replaced_revision_whose_source_is_gone_goes_on_with_its_successor():
     bench = Bench({"a": 3, "b": 24}, more_folders={"new": 5}, watched=True, host_bytes=0)
     manager = bench.manager
@@ -189,6 +205,18 @@ def test_unload_drains_then_gives_the_bytes_back():
     assert "a" not in manager.registry
     manager.load("a")
     assert manager.resolve("a") == "a"
+
+
+def test_what_is_still_leased_when_its_holder_has_gone_is_given_back_with_the_lease():
+    bench = Bench({"a": 3})
+    bench.activate("a")
+    bench.manager.hold("a")
+    lease = bench.manager.lease("a")
+    bench.manager.unload("a")
+    bench.manager.drop("a")
+    assert bench.state("a") is ACTIVE
+    bench.manager.release(lease)
+    assert not bench.manager.records
 
 
 def test_unload_while_it_is_being_read_or_copied():
