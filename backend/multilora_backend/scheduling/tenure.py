@@ -46,19 +46,22 @@ class Holder:
     """Slots of the tenant that took it over the tenant's weight."""
 
 
+def scaled(tenure_s: float, weight: float, wanted_by: float) -> float:
+    """How long an adapter of a class of `weight` may keep its slot when one of a class of `wanted_by` is overdue."""
+    return tenure_s * max(1 / WEIGHTS, min(WEIGHTS, weight / wanted_by))
+
+
 def victim(holders: Iterable[Holder], candidate: Candidate, tenure_s: float, seats: bool) -> str | None:
     """The adapter to be turned out, or None if all may stay for now.
 
-    `seats`: the batch is not full, so that slots are what it lacks.
-
     Its tenure is over, and it either belongs to a tenant that has more than the candidate's would, or has nothing that
     waits as long as the candidate, or has stayed for PATIENCE tenures. Of several, the one that would miss it least, or
-    with `seats` the one that the batch would miss least.
+    with `seats`, when the batch is not full, so that slots are what it lacks, the one that the batch would miss least.
     """
     least: tuple[float, ...] | None = None
     chosen: str | None = None
     for holder in holders:
-        tenure = tenure_s * max(1 / WEIGHTS, min(WEIGHTS, holder.weight / candidate.weight))
+        tenure = scaled(tenure_s, holder.weight, candidate.weight)
         if holder.held_s < tenure * (SECOND if holder.behind else 1):
             continue
         richer, younger = holder.share > candidate.share, holder.due > candidate.due

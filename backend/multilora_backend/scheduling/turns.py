@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import SequenceStatus
 from multilora_backend.scheduling.interface import Adapters
-from multilora_backend.scheduling.ledger import Ledger, to_give_up
+from multilora_backend.scheduling.ledger import Ledger
 from multilora_backend.scheduling.lines import Line, Lines, first
 from multilora_backend.scheduling.policy import NEVER, Policy
 from multilora_backend.scheduling.preload import SOON_S
-from multilora_backend.scheduling.tenure import PATIENCE, WEIGHTS, Candidate, Flow, Holder, victim
+from multilora_backend.scheduling.tenure import PATIENCE, Candidate, Flow, Holder, scaled, victim
 from multilora_backend.scheduling.wanting import Wanting
 
 LOOKAHEAD = 16
@@ -62,8 +62,9 @@ class Turns:
         self._lines = lines
         self._adapters = adapters
         self._max_loras = max_loras
-        self._ledger = Ledger()
+        self._ledger = Ledger(adapters)
         self._seats = True
+        """The batch can take in another sequence."""
         self._tight_until = 0.0
         self._flow = Flow(2 * policy.tenure_s)
         self._closing: list[Turn] = []
@@ -71,8 +72,14 @@ class Turns:
         self._tenured: list[Holder] | None = None
         """Who could be turned out in this step; None: not looked up yet."""
         self._handed = 0
+        self._heaviest = 1.0
+        """Largest weight of a class among those who want a slot in this step."""
         self._left: dict[str, float] = {}
         """When adapters that want a slot were last turned out."""
+
+    @property
+    def _full(self) -> bool:
+        return bool(self._max_loras) and len(self.holders) >= self._max_loras
 
     def wants(self, line: Line) -> None:
         """The line has a new head. It is queued for a slot unless its adapter has one or it needs none."""
@@ -95,9 +102,11 @@ class Turns:
             self._end(turn, now)
         active = self._active_outside()
         lines = self.wanting.pop(LOOKAHEAD, now)
-        listed = set(lines)
-        lines += [line for line in active if line not in listed]
+        if seats and not self._full:  # otherwise none of them can begin but by turning somebody out, in order
+            listed = set(lines)
+            lines += [line for line in active if line not in listed]
         self._closing = [turn for turn in self.holders.values() if turn.closing]
+        self._heaviest = max((self._policy.weight(line) for line in lines), default=1.0)
         lines.sort(key=lambda line: self._order(line, now))
         self._hand_out(lines, {line.adapter for line in active}, now, pause)
         for turn in self._closing:  # nobody needs their slots any more
@@ -118,10 +127,10 @@ class Turns:
                 if overdue:
                     self._turn_out(line, now, pause)
                 continue
-            full = bool(self._max_loras) and len(self.holders) >= self._max_loras
+            full = self._full
             if not overdue and (full or not self._seats) and not self._policy.preload:
                 continue
-            if line.quota.tenant.adapter_bytes and not self._within_cap(line):
+            if line.quota.tenant.adapter_bytes and not self._ledger.admits(line, self.holders):
                 if overdue and line.tenant in self.wanting.slots:  # its own adapters are in the way, nobody else's
                     self._turn_out(line, now, pause, own=True)
                 continue
@@ -132,8 +141,8 @@ class Turns:
             state = self._request(line, seen if overdue else seen | active)
             if state is AdapterState.ACTIVE:
                 if full and overdue and self._turn_out(line, now, pause):
-                    full = len(self.holders) >= self._max_loras
-                if not full:
+                    full = self._full
+                if not full and self._seats:
                     self._begin(line, now)
                 blocked = full and overdue
             elif self._adapters.waits_for_room(line.adapter):
@@ -163,29 +172,10 @@ class Turns:
 
     def _request(self, line: Line, protect: Collection[str]) -> AdapterState:
         state = self._adapters.request(line.adapter, protect)
-        if line.quota.tenant.adapter_bytes:
-            self._ledger.asked(line.adapter, line.tenant)
-        else:
-            self._ledger.forget(line.adapter)
+        self._ledger.asked(line)
         if state is not AdapterState.ACTIVE and line.head.status is SequenceStatus.WAITING:
             line.head.transition(SequenceStatus.WAITING_ADAPTER)
         return state
-
-    def _within_cap(self, line: Line) -> bool:
-        """True if the line's tenant may have its adapter on the device; idle ones of its own go for that."""
-        need, there = self._adapters.device_bytes(line.adapter)
-        if there and self._ledger.owner(line.adapter) == line.tenant:
-            return True
-        held: dict[str, int] = {}
-        for key in self._ledger.of(line.tenant):
-            nbytes, has = self._adapters.device_bytes(key)
-            if has:
-                held[key] = nbytes
-            elif key not in self._lines.waiting_by_adapter:
-                self._ledger.forget(key)
-        idle = dict.fromkeys(key for key in held if key not in self.holders)
-        chosen = to_give_up(held, idle, need, line.quota.tenant.adapter_bytes)
-        return chosen is not None and all(self._adapters.give_up(key) for key in chosen)
 
     def _turn_out(self, line: Line, now: float, pause: Callable[[Turn], bool], own: bool = False) -> bool:
         """Makes an adapter give up its slot to `line`; `own`: one of the same tenant. True if one is free by now."""
@@ -199,6 +189,7 @@ class Turns:
             turn.closing = True
         if pause(turn):
             self._end(turn, now)
+            self._seats = True
             return True
         return False
 
@@ -207,9 +198,12 @@ class Turns:
             return None
         tenure = self._policy.tenure_s * (PATIENCE if self._flow.suffices(len(self.holders), now) else 1)
         if self._tenured is None:
-            since = now - tenure / WEIGHTS
-            turns = (turn for turn in self.holders.values() if turn.since <= since and not turn.closing)
-            self._tenured = [self._holder(turn, now) for turn in turns]
+            turns = (
+                turn
+                for turn in self.holders.values()
+                if now - turn.since >= scaled(tenure, turn.weight, self._heaviest)
+            )
+            self._tenured = [self._holder(turn, now) for turn in turns if not turn.closing]
         candidate = Candidate(line.due, self._policy.weight(line), self.wanting.share(line, 1))
         holders = [h for h in self._tenured if not own or self.holders[h.adapter].tenant == line.tenant]
         chosen = victim(holders, candidate, tenure, self._seats)
