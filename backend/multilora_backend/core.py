@@ -168,11 +168,11 @@ class Sequence:
         self.finish_reason = reason
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A sequence's share of one step: positions [start, start + count) are computed.
 
-    Not frozen: that makes it four times as slow to build, and a step has one for every sequence.
+    A Struct, since a step has one for every sequence: it is built in a quarter of a dataclass's time, and what the
+    collector does not look at (no sequence leads to a slot) does not call it either.
     """
 
     sequence: Sequence

@@ -75,9 +75,9 @@ def slots(scale: float) -> Iterator[Case]:
 
 def uniform(scale: float) -> Iterator[Case]:
     """1,000 adapters alike, room for 64: where each scheduler's goodput is best, the rates lie around."""
-    for rate in (12, 14, 16, 20, 22, 24, 26):
-        requests = partial(workloads.s_lora, 1000, 1.0, float(rate), 1.0, 180.0 * scale)
-        yield Case(f"1000 uniform {rate}/s", requests, Setup(_registered(1000), 64))
+    for rate in (11.5, 12.0, 12.5, 13.0, 20.0, 24.0, 24.5, 25.0, 25.5):
+        requests = partial(workloads.s_lora, 1000, 1.0, rate, 1.0, 600.0 * scale)
+        yield Case(f"1000 uniform {rate:g}/s", requests, Setup(_registered(1000), 64))
 
 
 TENANTS = (

@@ -87,6 +87,11 @@ class Residency:
         if self._places.num_free + gained < padded(record.rank):
             self._no_room_for = padded(record.rank)
             return False
+        if idle:
+            oldest = min(idle, key=idle.__getitem__)
+            if padded(self._books.records[oldest].rank) >= padded(record.rank):  # no plan would be better than this one
+                self.evict(self._books.records[oldest])
+                return self._places.claim(record.key, record.rank) is not None
         # What is on its way to a place stays there; all others may be moved, leased or not: steps are planned with the
         # pool's tables, which say where they are now.
         room = plan_room(self._places.spans, self.pool.num_ranks, record.rank, idle, self._transfers)

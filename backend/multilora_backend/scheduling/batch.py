@@ -27,10 +27,13 @@ def in_order(running: Iterable[Sequence], *, by_class: bool) -> list[Sequence]:
 
 
 def advance(sequence: Sequence, count: int) -> Slot:
-    """Counts the sequence's next `count` tokens as computed."""
+    """Counts the sequence's next `count` tokens as computed, and the token that it samples then as its line's."""
     start = sequence.num_computed
-    sequence.num_computed += count
-    return Slot(sequence, start, count, sequence.num_computed == len(sequence.token_ids))
+    sequence.num_computed = end = start + count
+    samples = end == len(sequence.token_ids)
+    if samples:
+        line_of(sequence).sampled += 1
+    return Slot(sequence, start, count, samples)
 
 
 def _weight(sequence: Sequence) -> float:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from multilora_backend.core import Sequence, Slot
+from multilora_backend.core import Sequence
 from multilora_backend.scheduling.accounts import Accounts, Path, backlogged, charge, close, emptied
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.quotas import Quota
@@ -56,6 +55,8 @@ class Lines:
         self.accounts = Accounts()
         self.waiting_by_adapter: dict[str, dict[Line, None]] = {}
         """Lines that have something waiting."""
+        self.running: dict[Line, None] = {}
+        """Lines that have something running."""
         self._policy = policy
         self._tenants = tenants
         self._lines: dict[tuple[str, str, str], Line] = {}
@@ -129,19 +130,13 @@ class Lines:
         charge(line.path, self._policy.input_weight * sequence.prompt_len)
         line.quota.charge(sequence.prompt_len, now)
 
-    def charge_sampled(self, slots: Iterable[Slot], now: float) -> None:
-        """One token for each that samples."""
-        touched: list[Line] = []
-        for slot in slots:
-            line = slot.sequence.line
-            if slot.samples and line is not None:
-                if not line.sampled:
-                    touched.append(line)
-                line.sampled += 1
-        for line in touched:
-            charge(line.path, self._policy.output_weight * line.sampled)
-            line.quota.charge(line.sampled, now)
-            line.sampled = 0
+    def charge_sampled(self, now: float) -> None:
+        """What lines have `sampled` in this step."""
+        for line in self.running:
+            if line.sampled:
+                charge(line.path, self._policy.output_weight * line.sampled)
+                line.quota.charge(line.sampled, now)
+                line.sampled = 0
 
 
 def first(queue: OrderedDict[Key, Sequence]) -> Sequence:

@@ -91,7 +91,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self._now = max(self._now, sequence.arrival)
         self._sequences.add(sequence, self._now)
-        if sequence.adapter:
+        # What a tenant may have on the device at once is not spent on predictions.
+        if sequence.adapter and not self.lines.quota(sequence.tenant, self._now).tenant.adapter_bytes:
             self._preloader.arrivals.add(sequence.adapter, self._now)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -109,13 +110,13 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step. Computed tokens are counted here, before they are computed."""
         self._now = now
-        if self.waiting:
+        if self.waiting or self.turns.holders:
             seats = len(self.running) < self.max_num_seqs
             self.turns.take(now, seats, lambda turn: self._sequences.pause(turn, now))
         slots, preempted, budget = self._continue_running()
         if not preempted and budget > 0 and self.waiting:
             self._admit(slots, budget, now)
-        self.lines.charge_sampled(slots, now)
+        self.lines.charge_sampled(now)
         if not self.turns.wanting:  # those who wait already come first
             self._preloader.look(now, self.lines.waiting_by_adapter, self.turns.holders)
         return StepPlan(tuple(slots), tuple(preempted))
@@ -136,10 +137,10 @@ class Scheduler:
         while at < end and budget > 0:
             sequence = queue[at]
             at += 1
-            start, length = sequence.num_computed, len(sequence.token_ids)
-            count = length - start if length - start <= budget else budget
-            # This loop is most of what a step costs: nothing is called that a token of output does not need.
-            while start + count > len(sequence.pages) * size and not self.pages.extend(sequence, start + count):
+            # The table is asked only for pages that are missing: this loop is most of what a step costs the host.
+            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            stop = sequence.num_computed + count
+            while stop > len(sequence.pages) * size and not self.pages.extend(sequence, stop):
                 if self._memory.take_back_newest():
                     continue
                 end -= 1
@@ -149,8 +150,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                sequence.num_computed = start + count
-                slots.append(Slot(sequence, start, count, start + count == length))
+                slots.append(advance(sequence, count))
                 budget -= count
         return slots, preempted, budget
 
@@ -175,7 +175,7 @@ class Scheduler:
             # Paused sequences lose their pages only so that every turn gets anywhere. Otherwise each turn would begin
             # by computing again what the turn before has thrown away.
             turn = self.turns.holders.get(sequence.adapter)
-            first = not self.running or (turn is not None and not turn.running)
+            first = not self.running or (turn is not None and not turn.sequences)
             if not self._memory.extend(sequence, sequence.num_computed + count, take_back=first):
                 self._sequences.back_out(sequence)
                 break

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 from multilora_backend.core import FinishReason, Sequence, SequenceStatus
+from multilora_backend.scheduling.handovers import Turn
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.lines import Key, Lines, first, line_of
 from multilora_backend.scheduling.memory import Memory
@@ -13,7 +14,7 @@ from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.tenants import Tenants
 from multilora_backend.scheduling.tenure import PATIENCE
-from multilora_backend.scheduling.turns import Turn, Turns
+from multilora_backend.scheduling.turns import Turns
 
 
 class Sequences:
@@ -87,11 +88,12 @@ class Sequences:
         sequence.start_len = len(sequence.token_ids)
         line = line_of(sequence)
         line.running += 1
+        self.lines.running[line] = None
         self._weights[line.sla.weight] += 1
         line.quota.running += 1
         if sequence.adapter:
             turn = self.turns.holders[sequence.adapter]
-            turn.running += 1
+            turn.sequences[sequence.key] = sequence
             turn.ran = True
         if sequence.started is None:
             sequence.started = now
@@ -104,7 +106,7 @@ class Sequences:
         Each has sampled a token first, so whatever is taken from it later, it gets on. Those whose last token is on
         its way go on to their end, which the next turn of the engine's loop brings.
         """
-        mine = [s for s in self.running.values() if s.adapter == turn.adapter and not s.complete]
+        mine = [sequence for sequence in turn.sequences.values() if not sequence.complete]
         if any(len(sequence.token_ids) == sequence.start_len for sequence in mine):
             return False
         short = self._pages.num_free < sum(len(sequence.pages) for sequence in mine)
@@ -116,7 +118,7 @@ class Sequences:
             self.memory.paused[sequence.key] = sequence
             self._wait(sequence, front=True)
         self.pauses += len(mine)
-        return not turn.running
+        return not turn.sequences
 
     def preempt(self, sequence: Sequence) -> None:
         """A running sequence loses its pages."""
@@ -145,6 +147,8 @@ class Sequences:
         del self.running[sequence.key]
         line = line_of(sequence)
         line.running -= 1
+        if not line.running:
+            del self.lines.running[line]
         self._weights[line.sla.weight] -= 1
         if not self._weights[line.sla.weight]:
             del self._weights[line.sla.weight]
@@ -152,7 +156,7 @@ class Sequences:
         if line.quota.capped:
             self.turns.wanting.unpark(line.tenant)
         if sequence.adapter:
-            self.turns.holders[sequence.adapter].running -= 1
+            del self.turns.holders[sequence.adapter].sequences[sequence.key]
         self._release_lease(sequence)
 
     def _release_lease(self, sequence: Sequence) -> None:

@@ -9,45 +9,27 @@ is free, an adapter whose tenure is over gives its slot up (`scheduling.tenure`)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Collection, Iterator
 
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import SequenceStatus
+from multilora_backend.scheduling.handovers import Handovers, Turn
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.ledger import Ledger
-from multilora_backend.scheduling.lines import Line, Lines, first
+from multilora_backend.scheduling.lines import Line, Lines
 from multilora_backend.scheduling.policy import NEVER, Policy
 from multilora_backend.scheduling.preload import SOON_S
-from multilora_backend.scheduling.tenure import PATIENCE, Candidate, Flow, Holder, scaled, victim
 from multilora_backend.scheduling.wanting import Wanting
 
-LOOKAHEAD = 16
+LOOKAHEAD = 8
 """Lines without a slot that are looked at in a step, besides those whose adapter is ACTIVE."""
-HANDOVERS = 4
-"""Slots that are given up in a step, at most: each may cost the adapter manager a look at all that it has."""
+CAP_S = 0.05
+"""So often a tenant with as many resident bytes as it may have is looked at."""
 TIGHT_S = 1.0
 """So long after somebody waited for room in the pool, nothing is given room that has yet to be read from the disk."""
 PREFETCH_PATIENCE_S = 1.0
 """But no longer than this beyond its due: the host may have no room either."""
-
-
-@dataclass(eq=False)
-class Turn:
-    """An adapter has a slot."""
-
-    adapter: str
-    tenant: str
-    """Whose line took it: the slot counts as that tenant's."""
-    weight: float
-    """Of the class of that line."""
-    since: float
-    running: int = 0
-    ran: bool = False
-    """A sequence has run with it in this turn."""
-    closing: bool = False
-    """It admits nothing more, for somebody is to have its slot."""
 
 
 class Turns:
@@ -66,16 +48,9 @@ class Turns:
         self._seats = True
         """The batch can take in another sequence."""
         self._tight_until = 0.0
-        self._flow = Flow(2 * policy.tenure_s)
-        self._closing: list[Turn] = []
-        """Those that give up their slot, as far as nobody was found for it in this step."""
-        self._tenured: list[Holder] | None = None
-        """Who could be turned out in this step; None: not looked up yet."""
-        self._handed = 0
-        self._heaviest = 1.0
-        """Largest weight of a class among those who want a slot in this step."""
         self._left: dict[str, float] = {}
-        """When adapters that want a slot were last turned out."""
+        """When adapters that want a slot last had one."""
+        self._handovers = Handovers(policy, lines, self.holders, self.wanting, self._left)
 
     @property
     def _full(self) -> bool:
@@ -97,20 +72,17 @@ class Turns:
 
         `pause` stops an adapter's sequences if that is wise now, and says whether its slot is free.
         """
-        self._seats, self._tenured, self._handed = seats, None, 0
-        for turn in [turn for turn in self.holders.values() if not turn.running]:
+        self._seats = seats
+        for turn in [turn for turn in self.holders.values() if not turn.sequences]:
             self._end(turn, now)
         active = self._active_outside()
         lines = self.wanting.pop(LOOKAHEAD, now)
         if seats and not self._full:  # otherwise none of them can begin but by turning somebody out, in order
             listed = set(lines)
             lines += [line for line in active if line not in listed]
-        self._closing = [turn for turn in self.holders.values() if turn.closing]
-        self._heaviest = max((self._policy.weight(line) for line in lines), default=1.0)
-        lines.sort(key=lambda line: self._order(line, now))
+        self._handovers.open(max((self._policy.weight(line) for line in lines), default=1.0))
         self._hand_out(lines, {line.adapter for line in active}, now, pause)
-        for turn in self._closing:  # nobody needs their slots any more
-            turn.closing = False
+        self._handovers.close()
         for line in lines:
             if line.waiting and line.adapter not in self.holders:
                 self.wanting.push(line, line.due)
@@ -118,7 +90,7 @@ class Turns:
     def _hand_out(self, lines: list[Line], active: set[str], now: float, pause: Callable[[Turn], bool]) -> None:
         seen: set[str] = set()
         blocked = False  # somebody overdue waits for a slot, so no later line may take one, nor the room for it
-        for line in lines:
+        for line in self._in_order(lines, now):
             if line.adapter in seen or line.adapter in self.holders:
                 continue
             seen.add(line.adapter)
@@ -133,11 +105,10 @@ class Turns:
             if line.quota.tenant.adapter_bytes and not self._ledger.admits(line, self.holders):
                 if overdue and line.tenant in self.wanting.slots:  # its own adapters are in the way, nobody else's
                     self._turn_out(line, now, pause, own=True)
+                self.wanting.park(line.tenant, now + CAP_S)
                 continue
-            if now < self._tight_until and self._adapters.load_cost_s(line.adapter) > SOON_S:
-                self._adapters.prefetch(line.adapter)  # the room that it takes while it is read can serve somebody
-                if now - line.due < PREFETCH_PATIENCE_S:
-                    continue
+            if now < self._tight_until and not self._at_hand(line, now):
+                continue  # the room that it would take while it is read can serve somebody
             state = self._request(line, seen if overdue else seen | active)
             if state is AdapterState.ACTIVE:
                 if full and overdue and self._turn_out(line, now, pause):
@@ -147,10 +118,23 @@ class Turns:
                 blocked = full and overdue
             elif self._adapters.waits_for_room(line.adapter):
                 self._tight_until = now + TIGHT_S
-                if overdue:
+                if overdue and self._at_hand(line, now):
                     if self._turn_out(line, now, pause):
                         self._request(line, seen)
                     blocked = self._adapters.waits_for_room(line.adapter)
+
+    def _in_order(self, lines: list[Line], now: float) -> Iterator[Line]:
+        """By `_order`, which changes while slots are given out: whose tenant has got one comes later."""
+        queue = [(self._order(line, now), number, line) for number, line in enumerate(lines)]
+        heapq.heapify(queue)
+        while queue:
+            before, number, line = queue[0]
+            order = self._order(line, now)
+            if order > before:
+                heapq.heapreplace(queue, (order, number, line))
+            else:
+                heapq.heappop(queue)
+                yield line
 
     def _order(self, line: Line, now: float) -> tuple[bool, bool, float, float]:
         overdue = now >= line.due
@@ -177,54 +161,23 @@ class Turns:
             line.head.transition(SequenceStatus.WAITING_ADAPTER)
         return state
 
+    def _at_hand(self, line: Line, now: float) -> bool:
+        """True if the adapter would be there soon after it got room, or has been read for too long to wait for that."""
+        if self._adapters.load_cost_s(line.adapter) <= SOON_S:
+            return True
+        self._adapters.prefetch(line.adapter)
+        return now - line.due >= PREFETCH_PATIENCE_S
+
     def _turn_out(self, line: Line, now: float, pause: Callable[[Turn], bool], own: bool = False) -> bool:
         """Makes an adapter give up its slot to `line`; `own`: one of the same tenant. True if one is free by now."""
-        turn = next((turn for turn in self._closing if not own or turn.tenant == line.tenant), None)
-        if turn is not None:
-            self._closing.remove(turn)
-        else:
-            turn = self._choose(line, now, own)
-            if turn is None:
-                return False
-            turn.closing = True
+        turn = self._handovers.choose(line, now, self._seats, own)
+        if turn is None:
+            return False
         if pause(turn):
             self._end(turn, now)
             self._seats = True
             return True
         return False
-
-    def _choose(self, line: Line, now: float, own: bool) -> Turn | None:
-        if self._handed >= HANDOVERS:
-            return None
-        tenure = self._policy.tenure_s * (PATIENCE if self._flow.suffices(len(self.holders), now) else 1)
-        if self._tenured is None:
-            turns = (
-                turn
-                for turn in self.holders.values()
-                if now - turn.since >= scaled(tenure, turn.weight, self._heaviest)
-            )
-            self._tenured = [self._holder(turn, now) for turn in turns if not turn.closing]
-        candidate = Candidate(line.due, self._policy.weight(line), self.wanting.share(line, 1))
-        holders = [h for h in self._tenured if not own or self.holders[h.adapter].tenant == line.tenant]
-        chosen = victim(holders, candidate, tenure, self._seats)
-        if chosen is None:
-            return None
-        self._handed += 1
-        self._tenured = [holder for holder in self._tenured if holder.adapter != chosen]
-        return self.holders[chosen]
-
-    def _holder(self, turn: Turn, now: float) -> Holder:
-        lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
-        left = self._left.get(turn.adapter, NEVER)
-        return Holder(
-            adapter=turn.adapter,
-            held_s=now - turn.since,
-            due=min((self._policy.due(line, left) for line in lines), default=math.inf),
-            behind=any(line.fresh and first(line.fresh).arrival < turn.since for line in lines),
-            work=turn.running + sum(len(line.waiting) for line in lines),
-            weight=turn.weight,
-            share=self.wanting.slots[turn.tenant] / self._lines.quota(turn.tenant, now).tenant.weight,
-        )
 
     def _begin(self, line: Line, now: float) -> None:
         self.holders[line.adapter] = Turn(line.adapter, line.tenant, self._policy.weight(line), now)
@@ -237,10 +190,10 @@ class Turns:
         self.wanting.gave(turn.tenant)
         lines = self._lines.waiting_by_adapter.get(turn.adapter, {})
         if turn.ran and not turn.closing:
-            self._flow.count(now)
-        if turn.closing and lines:
+            self._handovers.flow.count(now)
+        self.handovers += turn.closing
+        if turn.ran and lines:
             self._left[turn.adapter] = now
-            self.handovers += 1
         elif not lines:
             self._left.pop(turn.adapter, None)
         for line in lines:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
 from itertools import count
 
 from multilora_backend.scheduling.lines import Line
@@ -64,15 +63,24 @@ class Wanting:
             del self.slots[tenant]
             self._announce(tenant)
 
+    def park(self, tenant: str, until: float) -> None:
+        """The tenant's lines are left out until then."""
+        self._parked[tenant] = until
+
     def unpark(self, tenant: str) -> None:
         if self._parked.pop(tenant, None) is not None:
             self._announce(tenant)
 
     def pop(self, limit: int, now: float) -> list[Line]:
-        """The first lines of tenants that may start something; `push` back those that got no slot."""
+        """The first lines of tenants that may start something, each as if those before it had got a slot.
+
+        `push` back those that got none.
+        """
         for tenant in [t for t, until in self._parked.items() if until <= now]:
             self.unpark(tenant)
         found: list[Line] = []
+        popped: dict[str, int] = {}
+        following: list[tuple[float, float, int, Line]] = []
         while self._slotless and len(found) < limit:
             due, _, tenant = heapq.heappop(self._slotless)
             if self._announced.get(tenant) != due:
@@ -83,22 +91,27 @@ class Wanting:
                 continue
             if first.due == due:
                 found.append(self._remove(first))
+                popped[tenant] = 1
+            else:
+                self._announce(tenant)
+        for tenant in [*popped, *self.slots] if len(found) < limit else ():
+            self._follow(following, tenant, popped, now)
+        while following and len(found) < limit:
+            line = heapq.heappop(following)[-1]
+            found.append(self._remove(line))
+            popped[line.tenant] = popped.get(line.tenant, 0) + 1
+            self._follow(following, line.tenant, popped, now)
+        for tenant in popped:
             self._announce(tenant)
-        holders = [self._key(first) for first in self._firsts(self.slots, now)] if len(found) < limit else []
-        heapq.heapify(holders)
-        while holders and len(found) < limit:
-            first = heapq.heappop(holders)[-1]
-            found.append(self._remove(first))
-            for following in self._firsts([first.tenant], now):
-                heapq.heappush(holders, self._key(following))
         return found
 
-    def _key(self, line: Line) -> tuple[float, float, int, Line]:
-        return self.share(line), line.due, line.entry, line
-
-    def _firsts(self, tenants: Iterable[str], now: float) -> list[Line]:
-        firsts = [self._first(tenant) for tenant in tenants if tenant not in self._parked]
-        return [first for first in firsts if first is not None and not self._park(first, now)]
+    def _follow(
+        self, following: list[tuple[float, float, int, Line]], tenant: str, popped: dict[str, int], now: float
+    ) -> None:
+        """Queues the tenant's first line by the slots that it would have by then."""
+        first = None if tenant in self._parked else self._first(tenant)
+        if first is not None and not self._park(first, now):
+            heapq.heappush(following, (self.share(first, popped.get(tenant, 0)), first.due, first.entry, first))
 
     def _first(self, tenant: str) -> Line | None:
         heap = self._heaps.get(tenant)
@@ -119,7 +132,7 @@ class Wanting:
         quota = line.quota
         delay = quota.delay(now) if quota.capped else 0.0
         if delay > 0:
-            self._parked[line.tenant] = now + delay
+            self.park(line.tenant, now + delay)
         return delay > 0
 
     def _announce(self, tenant: str) -> None:
