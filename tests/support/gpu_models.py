@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny_models
+from multilora_backend.adapters.ranks import PAGE
 from multilora_backend.config import Config
 from multilora_backend.core import FinishReason, SamplingParams, Sequence
 from multilora_backend.engine.engine import Engine
@@ -337,14 +338,14 @@ class StandIn:
 def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph) -> Tensor:
     """The logits of a graph's rows or samples, by the kernels that it launches at replay."""
     lora = runner._lora
-    if isinstance(graph, PromptGraph):
-        return runner.forward(runner._attention, graph.rows, graph.samples)
-    if isinstance(lora, Bordered):  # what is fixed when a graph is captured
+    if isinstance(lora, Bordered) and graph.tier and lora._segments is not None:  # what is fixed in a capture
         lora._tier = graph.tier
         base = lora.base_step(graph.rows, graph.tier).segments
-        if base is not None and lora._segments is not None:
-            plan = replace(lora._segments.plan, rank_block=base.rank_block)
-            lora._segments = replace(lora._segments, plan=plan)
+        assert base is not None
+        plan = replace(lora._segments.plan, rank_block=base.rank_block)
+        lora._segments = replace(lora._segments, plan=plan)
+    if isinstance(graph, PromptGraph):
+        return runner.forward(runner._attention, graph.rows, graph.samples)
     return runner.forward(graph.attention, graph.rows, None)
 
 
@@ -369,11 +370,11 @@ def stand_in_for_graphs(runner: ModelRunner, max_rows: int, max_slots: int) -> N
         for step in (LoraStep(), *lora.variants(rows)):
             ranks = tiles = block_m = 0
             if step.segments is not None:
-                ranks, block_m = step.segments.max_rank, step.segments.block_m
-                tiles = max_tiles(rows, MAX_ADAPTERS + 1, block_m)
+                ranks, block_m = step.tier or step.segments.max_rank, step.segments.block_m
+                tiles = max_tiles(rows, 1 + (step.tier // PAGE or MAX_ADAPTERS), block_m)
             samples = min(max_slots, rows)
-            prompt = PromptGraph(rows, samples, ranks, tiles, block_m, logits[:samples])
+            prompt = PromptGraph(rows, samples, ranks, step.tier, tiles, block_m, logits[:samples])
             pieces: Any = [StandIn(runner, prompt)]
             prompt.pieces = pieces
-            prompts._graphs.setdefault(ranks, []).append(prompt)
+            prompts._graphs.setdefault((step.tier, ranks), []).append(prompt)
     runner.decode_graphs, runner.prompt_graphs = decode, prompts

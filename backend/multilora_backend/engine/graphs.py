@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +44,7 @@ class DecodeGraph:
         """The step with as many tiles as the graph launches programs for."""
         if step.segments is None:
             return step
-        return LoraStep(step.segments.pad_to(self.tiles), step.tier, step.moves)
+        return replace(step, segments=step.segments.pad_to(self.tiles))
 
     def replay(self) -> None:
         self.graph.replay()

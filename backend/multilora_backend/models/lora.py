@@ -8,6 +8,7 @@ grouped kernels over rows sorted by adapter, or from columns behind the base GEM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +40,10 @@ from multilora_kernels import (
 DECODE_BLOCK_M = 16
 RANK_VARIANTS = (16, 64)
 """Kernels take 16 ranks at a time up to rank 16, 32 beyond. Steps with prompts are captured for ranks up to these."""
+PROMPT_TIER, PROMPT_WIDTH = TIERS[0], 2
+"""Steps with prompts take the border up to PROMPT_TIER ranks, at linears at most PROMPT_WIDTH times as wide as their
+input. Llama-3.1-8B, 2,048 rows, one H200, bf16, 2026-11-27: 64 ranks cost the GEMMs of qkv, o and down 6, 1 and 2 us,
+grouped_shrink takes 12, 10 and 24; at gate_up it is 50 us to 10, and 256 ranks cost 18, 17 and 38."""
 MEAN_RANK = 16
 """Assumed of a tier's adapters when programs are counted; steps of many smaller ones run at a larger tier."""
 
@@ -52,6 +57,8 @@ class LoraStep:
     """Ranks of the border behind each slice of the base GEMM; 0: h comes from grouped_shrink."""
     moves: tuple[Move, ...] = ()
     """What has to be copied into the border first."""
+    prompts: bool = False
+    """Thousands of rows: with a tier, wide linears take h from grouped_shrink all the same."""
 
 
 class LoraStrategy(Protocol):
@@ -63,10 +70,14 @@ class LoraStrategy(Protocol):
         """The smallest tier of the border for a decode step of such adapters, 0 for none; None: not by the border."""
         ...
 
-    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
+    def prompt_tier(self, ranks: list[int]) -> int:
+        """The tier of the border for a step with prompts of such adapters; 0: not by the border."""
+        ...
+
+    def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
         """Host metadata for a step: which rows belong to which adapter.
 
-        `block_m`: rows of a tile of the grouped kernels, which then do the step; 0: whatever suits the batch.
+        `block_m`: rows of a tile of a step with prompts, and `tier` its `prompt_tier`; 0: whatever suits the batch.
         """
         ...
 
@@ -88,7 +99,10 @@ class NoLora:
     def tier(self, ranks: list[int]) -> int | None:
         return 0
 
-    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
+    def prompt_tier(self, ranks: list[int]) -> int:
+        return 0
+
+    def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
         return LoraStep()
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
@@ -106,6 +120,8 @@ class Grouped(NoLora):
     def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
         self._pool = pool
         self._segments: Segments | None = None
+        self._h_ranks = 0
+        """Columns of a slice in h where the plan says at which an adapter's begin; 0: it does not."""
 
     def ranks(self, batch: Batch) -> list[int]:
         slots = np.unique(batch.adapter_slots)
@@ -114,7 +130,7 @@ class Grouped(NoLora):
     def tier(self, ranks: list[int]) -> int | None:
         return None if ranks else 0
 
-    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
+    def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
         rows = batch.adapter_slots
         block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
@@ -127,7 +143,7 @@ class Grouped(NoLora):
         y, _ = super().project(linear, x)
         if self._segments is None:
             return y, None
-        h = grouped_shrink(x, self._pool.a[linear.index], linear.slices, self._segments)
+        h = grouped_shrink(x, self._pool.a[linear.index], linear.slices, self._segments, self._h_ranks)
         return y, Delta(h, self._pool.b[linear.index], self._segments)
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
@@ -150,10 +166,10 @@ class Reference(Grouped):
 
 
 class Bordered(Grouped):
-    """Decode steps take h from the border of the base GEMM; prompt chunks, and more ranks than fit, go by kernels.
+    """Decode steps take h from the border of the base GEMM, steps with prompts of few ranks at narrow linears.
 
-    The rows of A that a step needs are copied from the pool into the border when its adapters change, so that the
-    GEMM grows with the step's own ranks and not with what is resident.
+    What is left, and more ranks than fit, go by kernels. The rows of A that a step needs are copied from the pool into
+    the border when its adapters change, so that the GEMM grows with the step's own ranks and not with what is resident.
     """
 
     def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
@@ -164,7 +180,7 @@ class Bordered(Grouped):
             linear.add_border(capacity)
         borders = [linear.weight.data[linear.site.width :] for linear in linears]
         self._table = CopyTable.of(pool.a, borders, [linear.slices for linear in linears])
-        self._tier = 0
+        self._tier, self._widest = 0, 0.0
         self._copy([(0, 0, PAGE)])  # compiles the kernel, so that no request waits for that
 
     @property
@@ -175,8 +191,12 @@ class Bordered(Grouped):
         need = max(sum(padded(rank) for rank in ranks), MEAN_RANK * len(ranks))
         return next((tier for tier in (0, *self.tiers) if tier >= need), None)
 
-    def plan(self, batch: Batch, block_m: int = 0) -> LoraStep:
-        if block_m or not batch.one_row_each:
+    def prompt_tier(self, ranks: list[int]) -> int:
+        return PROMPT_TIER if 0 < sum(padded(rank) for rank in ranks) <= PROMPT_TIER else 0
+
+    def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
+        prompts = bool(block_m or not batch.one_row_each)
+        if prompts and not tier:
             return super().plan(batch, block_m)
         slots = np.unique(batch.adapter_slots)
         keys = [(slot, int(self._pool.generation[slot])) for slot in slots[slots >= 0].tolist()]
@@ -189,8 +209,14 @@ class Bordered(Grouped):
         for key, start in placement.start.items():
             h_start[key[0]] = start
         pool = self._pool
-        segments = plan_segments(batch.adapter_slots, pool.rank_start, pool.rank, DECODE_BLOCK_M, h_start)
-        return LoraStep(segments, placement.tier, placement.moves)
+        segments = plan_segments(batch.adapter_slots, pool.rank_start, pool.rank, block_m or DECODE_BLOCK_M, h_start)
+        return LoraStep(segments, placement.tier, placement.moves, prompts)
+
+    def variants(self, rows: int) -> Iterator[LoraStep]:
+        yield from super().variants(rows)
+        slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
+        segments = plan_segments(slots, zero, zero + PAGE, block_m_for(rows, 1), zero)
+        yield LoraStep(segments, PROMPT_TIER, prompts=True)
 
     def base_step(self, rows: int, tier: int) -> LoraStep:
         """A step of rows without adapter that runs at that tier all the same: what graphs are captured with."""
@@ -203,15 +229,16 @@ class Bordered(Grouped):
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         super().enter(step, segments)
-        self._tier = step.tier
+        self._tier = self._h_ranks = step.tier
+        self._widest = PROMPT_WIDTH if step.prompts else math.inf
         if step.moves:
             pool, targets = self._pool, [(move.key[0], move.start) for move in step.moves]
             self._copy([(int(pool.rank_start[s]), start, padded(int(pool.rank[s]))) for s, start in targets])
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
-        if not self._tier:
-            return super().project(linear, x)
         width = linear.site.width
+        if not self._tier or width > self._widest * linear.site.in_features:
+            return super().project(linear, x)
         end = width + self._tier * linear.slices
         y = F.linear(x, linear.weight[:end], None if linear.bias is None else linear.bias[:end])
         assert self._segments is not None

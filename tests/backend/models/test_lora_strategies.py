@@ -231,6 +231,24 @@ def test_a_decode_step_takes_the_border_padded_or_not(device: str, dtype: torch.
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("width", [0, 2.1, 3], ids=["shrink everywhere", "shrink at qkv", "border everywhere"])
+def test_a_step_with_prompts_of_few_ranks_takes_the_border(
+    width: float, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("multilora_backend.models.lora.PROMPT_WIDTH", width)
+    bench = Bench("bordered", device, dtype)
+    strategy = bench.strategy
+    for adapters, tier in (((0, 1, 2), 64), ((5, 3), 64), ((6, 2), 0), ((3, 4), 0), ((), 0), ((2,), 64)):
+        batch = batch_of(*((adapter, 7 + adapter) for adapter in (*adapters, -1))).padded(80, one_row_each=False)
+        assert strategy.prompt_tier(strategy.ranks(batch)) == tier
+        step = bench.check(batch, strategy.plan(batch, 32, tier))
+        assert step.tier == tier
+        assert step.segments is None or step.segments.block_m == 32
+        bench.check(decode_of(*adapters, -1))
+        assert bench.check(batch, strategy.plan(batch, 16, tier)).moves == (), "decode steps left them there"
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
 def test_what_is_in_the_border_already_is_not_copied_again(device: str, dtype: torch.dtype):
     bench = Bench("bordered", device, dtype)
     assert len(bench.check(decode_of(0, 2, 1)).moves) == 3
