@@ -74,7 +74,7 @@ class Config:
     adapter_load_threads: int = 2
     """Threads that read, check and lay out adapters."""
     lora_strategy: Literal["auto", "reference", "grouped", "bordered"] = "auto"
-    """auto: grouped on the CPU; on CUDA bordered (A rides in the base GEMM of decode steps, prompts run grouped)."""
+    """auto: grouped on the CPU; on CUDA bordered: A rides in the base GEMM, in prompts for few ranks only."""
 
     # Requests
     default_max_tokens: int = 16

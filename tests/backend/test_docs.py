@@ -15,7 +15,7 @@ from multilora_backend.cli import config_reference
 from multilora_backend.frontend.sampling import SCALARS
 from multilora_backend.models.flashinfer_attention import HEAD_DIMS
 from multilora_backend.models.loader import STATIC_ROPE, SUPPORTED
-from multilora_backend.models.lora import STRATEGIES
+from multilora_backend.models.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "docs/architecture.md", "docs/performance.md"]

@@ -31,8 +31,9 @@ from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, sizes_up_
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs
 from multilora_backend.engine.prompt_graphs import sizes_up_to as prompt_sizes_up_to
 from multilora_backend.engine.runner import ModelRunner
+from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.loader import attention_modules
-from multilora_backend.models.lora import Bordered, Grouped, LoraStep
+from multilora_backend.models.lora import Grouped, LoraStep
 from multilora_backend.protocol import Failed, Outputs, Submit
 from multilora_kernels import max_tiles
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from multilora_backend.models.attention import AttentionBackend
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.flashinfer_attention import FlashInferAttention
 from multilora_backend.models.inputs import StepInputs
-from multilora_backend.models.lora import Bordered, LoraStep, LoraStrategy
+from multilora_backend.models.lora import LoraStep, LoraStrategy
 
 log = logging.getLogger(__name__)
 

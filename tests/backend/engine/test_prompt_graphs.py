@@ -14,7 +14,8 @@ from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams
 from multilora_backend.engine.engine import Engine
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs, sizes_up_to
-from multilora_backend.models.lora import PROMPT_TIER, Bordered, NoLora
+from multilora_backend.models.bordered import PROMPT_TIER, Bordered
+from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import Outputs, Submit
 from multilora_kernels import block_m_for, max_tiles
 

@@ -20,7 +20,7 @@ from multilora_backend.core import StepPlan
 from multilora_backend.engine.graphs import DecodeGraph
 from multilora_backend.engine.prompt_graphs import PromptGraph
 from multilora_backend.models.attention import AttentionBackend
-from multilora_backend.models.lora import Bordered
+from multilora_backend.models.bordered import Bordered
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 

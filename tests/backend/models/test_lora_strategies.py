@@ -19,8 +19,10 @@ from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import Lease
 from multilora_backend.core import LoraSite, SamplingParams, Sequence, Slot, StepPlan
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.linear import FusedLinear
-from multilora_backend.models.lora import STRATEGIES, Bordered, LoraStep, NoLora, create_strategy
+from multilora_backend.models.lora import LoraStep, NoLora
+from multilora_backend.models.strategies import STRATEGIES, create_strategy
 from multilora_kernels import grouped_expand
 
 SITES = [
@@ -235,7 +237,7 @@ def test_a_decode_step_takes_the_border_padded_or_not(device: str, dtype: torch.
 def test_a_step_with_prompts_of_few_ranks_takes_the_border(
     width: float, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("multilora_backend.models.lora.PROMPT_WIDTH", width)
+    monkeypatch.setattr("multilora_backend.models.bordered.PROMPT_WIDTH", width)
     bench = Bench("bordered", device, dtype)
     strategy = bench.strategy
     for adapters, tier in (((0, 1, 2), 64), ((5, 3), 64), ((6, 2), 0), ((3, 4), 0), ((), 0), ((2,), 64)):
