@@ -31,7 +31,9 @@ class EagerPromptGraph(PromptGraph):
     def replay(self, attention) -> None:
         layer = self.runner._model.module.model.layers[0].self_attn
         query = torch.full((self.rows, layer.num_heads, layer.head_dim), torch.nan)
-        assert self.runner._lora._segments is None or self.runner._lora._segments.plan.num_tiles == self.tiles
+        lora = self.runner._lora
+        if lora._segments is not None:  # a captured kernel has these two of the graph and not of the step
+            assert (lora._segments.plan.num_tiles, lora._h_ranks) == (self.tiles, self.tier)
         self.logits.copy_(self.runner.forward(attention, self.rows, self.samples, query))
         EagerPromptGraph.replays += 1
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Mode, run_eagerly
+from gpu_driver import Driver, Mode, run_eagerly
+from gpu_models import DEVICES, TIMEOUT_S
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import StepPlan
 from multilora_backend.engine.graphs import DecodeGraph
@@ -37,7 +39,7 @@ NAMES = ["", *ADAPTERS]
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.fixture(scope="module")

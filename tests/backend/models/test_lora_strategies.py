@@ -250,6 +250,23 @@ def test_a_step_with_prompts_of_few_ranks_takes_the_border(
         assert bench.check(batch, strategy.plan(batch, 16, tier)).moves == (), "decode steps left them there"
 
 
+def test_wide_linears_leave_the_border_to_decode_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("multilora_backend.models.bordered.PROMPT_WIDTH", 2.1)
+    bench = Bench("bordered", "cpu", torch.float32)
+
+    def by_the_border(batch: Batch, step: LoraStep) -> list[bool]:
+        """Of qkv (2.3 times as wide as its input) and o (2.1): then h lies behind y in one row."""
+        bench.check(batch, step)
+        outputs = [bench.strategy.project(*pair)[0] for pair in zip(bench.linears, bench.inputs(80), strict=True)]
+        return [not y.is_contiguous() for y in outputs]
+
+    decode = decode_of(*[0] * 80)
+    assert by_the_border(decode, bench.strategy.plan(decode)) == [True, True]
+    prompts = batch_of((0, 80))
+    assert by_the_border(prompts, bench.strategy.plan(prompts, 32, 64)) == [False, True]
+    assert by_the_border(prompts, bench.strategy.plan(prompts, 32)) == [False, False]
+
+
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
 def test_what_is_in_the_border_already_is_not_copied_again(device: str, dtype: torch.dtype):
     bench = Bench("bordered", device, dtype)
