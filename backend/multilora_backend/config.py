@@ -95,7 +95,7 @@ class Config:
     adapter_max_bytes: int = 8 * 2**30
     """Adapters with larger files are refused, before they are downloaded where their size is told."""
     lora_strategy: Literal["auto", "reference", "grouped", "bordered"] = "auto"
-    """auto: grouped on the CPU; on CUDA bordered (A rides in the base GEMM of decode steps, prompts run grouped)."""
+    """auto: grouped on the CPU; on CUDA bordered: A rides in the base GEMM, in prompts for few ranks only."""
     admin_token: str = ""
     """What every command to the model multilora_adapters must then carry as `token`; empty: none is asked for."""
 

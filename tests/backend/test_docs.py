@@ -16,7 +16,7 @@ from multilora_backend.frontend.sampling import SCALARS
 from multilora_backend.frontend.series import SERIES, reference
 from multilora_backend.models.flashinfer_attention import HEAD_DIMS
 from multilora_backend.models.loader import STATIC_ROPE, SUPPORTED
-from multilora_backend.models.lora import STRATEGIES
+from multilora_backend.models.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "docs/architecture.md", "docs/metrics.md", "docs/performance.md"]

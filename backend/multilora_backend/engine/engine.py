@@ -23,7 +23,7 @@ from multilora_backend.engine.statistics import Statistics
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
-from multilora_backend.models.lora import create_strategy
+from multilora_backend.models.strategies import create_strategy
 from multilora_backend.protocol import Abort, AdapterCommand, EngineMessage, Failed, Output, Outputs, Stats, Submit
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy

@@ -21,9 +21,10 @@ from multilora_backend.adapters.tensors import read_header
 from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import MultiloraError, invalid
+from multilora_backend.models.bordered import border_ranks
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import LoadedModel, bytes_per_token, outline
-from multilora_backend.models.lora import border_ranks, strategy_name
+from multilora_backend.models.strategies import strategy_name
 from multilora_backend.planning.footprint import Footprint, RankRow, by_rank, footprint
 
 CUDA_CONTEXT_BYTES = 600 * 2**20

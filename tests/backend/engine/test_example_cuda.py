@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import gpu_models
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Mode
+import gpu_driver
+from gpu_driver import Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S
 from multilora_backend.core import FinishReason
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(TIMEOUT_S)
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
-from gpu_models import BORDERED_GRAPHS, DEVICES, TIMEOUT_S, Driver, Judge, Mode, check_logits
+from gpu_driver import BORDERED_GRAPHS, Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S, Judge, check_logits
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
@@ -35,7 +37,7 @@ MODES = [
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.fixture(scope="module")
