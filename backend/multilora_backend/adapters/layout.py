@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import LoraSite
+
+if TYPE_CHECKING:
+    from multilora_backend.adapters.extras import Extras
 
 BUFFER_BYTES = 16 * 2**20
 """Host memory comes in pieces of this size, and each is one copy to the device.
@@ -54,11 +58,19 @@ class AdapterWeights:
     buffers: tuple[Buffer, ...]
     """What the sites' tensors are views of: a, then b of each site that is not None."""
     no_effect: bool
-    """Every product BA is zero."""
+    """Every product BA is zero, and no extra changes anything."""
+    extras: Extras | None = None
+    """What it has besides A and B; None for most adapters."""
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+        extras = 0 if self.extras is None else self.extras.buffer.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers) + extras
+
+    @property
+    def extras_bytes(self) -> int:
+        """On the device."""
+        return 0 if self.extras is None else self.extras.size
 
 
 def numel(site: LoraSite, rank: int) -> int:
@@ -76,7 +88,7 @@ def allocate(
         if index in touched:
             shapes += [(rows * len(site.modules), site.in_features), (rows, site.width)]
     sizes = [height * width for height, width in shapes]
-    buffers = tuple(_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
+    buffers = tuple(allocate_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
     parts = (part for buffer in buffers for part in buffer.data.split(buffer.sizes))
     views = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
     return buffers, tuple(SiteWeights(next(views), next(views)) if i in touched else None for i in range(len(sites)))
@@ -95,6 +107,7 @@ def _group(sizes: list[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _buffer(sizes: list[int], dtype: torch.dtype, pin: bool) -> Buffer:
+def allocate_buffer(sizes: list[int], dtype: torch.dtype, pin: bool) -> Buffer:
+    """One piece of memory for tensors of so many elements."""
     data = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
     return Buffer(data, tuple(sizes), 1 << (data.nbytes - 1).bit_length() if pin else data.nbytes)

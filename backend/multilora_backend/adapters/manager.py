@@ -18,12 +18,15 @@ from functools import partial
 
 import torch
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.extras import affine_keys
 from multilora_backend.adapters.host import HostCache
 from multilora_backend.adapters.loader import Job, Loader, Outcome, ThreadLoader
 from multilora_backend.adapters.peft import check_adapter, fingerprint, read_adapter
 from multilora_backend.adapters.pool import MAX_RANKS, DevicePool, Transfer
-from multilora_backend.adapters.ranks import Place, Places, padded
+from multilora_backend.adapters.ranks import Place, padded
+from multilora_backend.adapters.room import Room
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError
@@ -48,22 +51,28 @@ class AdapterManager:
         device: torch.device | str,
         load_threads: int = 2,
         max_ranks: int = MAX_RANKS,
+        base: BaseModel | None = None,
+        extras_bytes: int = 0,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
     ) -> None:
-        """`catalogue` None: LoRA is off. `on_change` is called from loader threads when `poll` has news."""
+        """`catalogue` None: LoRA is off. `on_change` is called from loader threads when `poll` has news.
+
+        Without `base`, or `extras_bytes` of the device's memory, adapters with more than A and B are refused.
+        """
         enabled = catalogue is not None
         self._catalogue = catalogue or Catalogue([])
-        self._pool = DevicePool(sites if enabled else [], device_bytes, dtype, device, max_ranks)
+        sites, extras_bytes = (sites, extras_bytes) if enabled else ((), 0)
+        self._pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, affine_keys(sites), extras_bytes)
         self.pool = self._pool if enabled else None
         self.records = {name: AdapterRecord(name, self._catalogue.path(name)) for name in self._catalogue}
-        self._places = Places(self._pool.num_ranks)
+        self._places = Room(self._pool.num_ranks, self._pool.extras.nbytes)
         self._host = HostCache(host_bytes)
         self._clock = clock
         self._loader = loader or ThreadLoader(
-            partial(read_adapter, sites=sites, dtype=dtype, pin=self._pool.device.type == "cuda"),
-            partial(check_adapter, sites=sites),
+            partial(read_adapter, sites=sites, dtype=dtype, pin=self._pool.device.type == "cuda", base=base),
+            partial(check_adapter, sites=sites, base=base),
             load_threads if enabled else 0,
             on_change,
         )
@@ -77,6 +86,8 @@ class AdapterManager:
         """ACTIVE adapters."""
         self._no_room_for: float = math.inf
         """Ranks that were asked for in vain since the last poll or release: larger requests need not look again."""
+        self._no_room_for_extras: set[str] = set()
+        """Adapters with extras that asked in vain since then: it may be the arena that is full, not the ranks."""
         self._by_state = Counter(dict.fromkeys(AdapterState, 0))
         self._by_state[AdapterState.COLD] = len(self.records)
         self._loads = self._failures = self._evictions = 0
@@ -123,7 +134,8 @@ class AdapterManager:
     def waits_for_room(self, name: str) -> bool:
         """True if the last `request` was in vain because of leases, and not because other loads come first."""
         record = self._record(name)
-        return record.state is AdapterState.COLD and record.rank > 0 and padded(record.rank) >= self._no_room_for
+        in_vain = padded(record.rank) >= self._no_room_for or name in self._no_room_for_extras
+        return record.state is AdapterState.COLD and record.rank > 0 and in_vain
 
     def lease(self, name: str) -> Lease | None:
         """None unless ACTIVE. Give each lease back by `release`."""
@@ -141,7 +153,7 @@ class AdapterManager:
             raise RuntimeError(f"adapter {lease.name}: a lease is given back that is not held")
         record.leases -= 1
         record.last_used = self._clock()
-        self._no_room_for = math.inf
+        self._forget_who_found_no_room()
 
     def resident(self) -> Collection[str]:
         """Names of the ACTIVE adapters."""
@@ -158,7 +170,7 @@ class AdapterManager:
 
     def poll(self) -> list[str]:
         """Takes in what has been read and what has arrived; returns what FAILED, whose requests cannot be served."""
-        self._no_room_for = math.inf
+        self._forget_who_found_no_room()
         for outcome in self._loader.finished():
             record = self.records[outcome.job.name]
             if outcome.job.weights:
@@ -188,8 +200,8 @@ class AdapterManager:
     def _checked(self, record: AdapterRecord, outcome: Outcome) -> None:
         record.fingerprint = outcome.fingerprint
         if outcome.plan is not None:
-            record.rank = outcome.plan.rank
-        reason = outcome.reason or self._pool.too_large(record.rank)
+            record.rank, record.extras_bytes = outcome.plan.rank, outcome.plan.extras_bytes
+        reason = outcome.reason or self._pool.too_large(record.rank, record.extras_bytes)
         if reason:
             self._fail(record, reason)
 
@@ -199,14 +211,16 @@ class AdapterManager:
         record.fingerprint = outcome.fingerprint
         record.version = ""
         weights = outcome.weights
-        reason = outcome.reason if weights is None else self._pool.too_large(weights.rank)
-        if place is not None and (weights is None or reason or place.rank != weights.rank):
+        reason = outcome.reason if weights is None else self._pool.too_large(weights.rank, weights.extras_bytes)
+        fits = weights is not None and self._places.holds(record.name, weights.rank, weights.extras_bytes)
+        if place is not None and (reason or not fits):
             self._places.free(record.name)
             place = None
         if weights is None or reason:
             self._fail(record, reason)
             return
         record.version, record.rank, record.nbytes = weights.version, weights.rank, weights.nbytes
+        record.extras_bytes = weights.extras_bytes
         record.no_effect = weights.no_effect
         self._host.put(weights)
         place = place or self._reserve(record, protect)
@@ -214,7 +228,8 @@ class AdapterManager:
             self._move(record, AdapterState.COLD)
             return
         try:
-            transfer = self._pool.write(weights, place.slot, place.rank_start)
+            extras_start = self._places.extras_start(record.name)
+            transfer = self._pool.write(weights, place.slot, place.rank_start, extras_start)
         except RuntimeError as error:  # torch's, for whatever its device or its memory lacks
             self._lost(record, error)
             return
@@ -251,19 +266,27 @@ class AdapterManager:
 
     def _reserve(self, record: AdapterRecord, protect: Collection[str]) -> Place | None:
         """Device memory for an adapter of known rank, evicting for it if need be."""
-        if padded(record.rank) >= self._no_room_for:
+        if padded(record.rank) >= self._no_room_for or record.name in self._no_room_for_extras:
             return None
-        place = self._places.claim(record.name, record.rank)
+        place = self._places.claim(record.name, record.rank, record.extras_bytes)
         if place is not None:
             return place
         candidates = (self.records[name] for name in self._leases if name not in protect)
-        victims = self._places.victims(record.rank, {r.name: r.last_used for r in candidates if not r.leases})
+        idle = {r.name: r.last_used for r in candidates if not r.leases}
+        victims = self._places.victims(record.rank, idle, record.extras_bytes)
         if victims is None:
-            self._no_room_for = padded(record.rank)
+            if record.extras_bytes:
+                self._no_room_for_extras.add(record.name)
+            else:
+                self._no_room_for = padded(record.rank)
             return None
         for name in victims:
             self._evict(self.records[name])
-        return self._places.claim(record.name, record.rank)
+        return self._places.claim(record.name, record.rank, record.extras_bytes)
+
+    def _forget_who_found_no_room(self) -> None:
+        self._no_room_for = math.inf
+        self._no_room_for_extras.clear()
 
     def _evict(self, record: AdapterRecord) -> None:
         self._move(record, AdapterState.EVICTING)
@@ -276,7 +299,7 @@ class AdapterManager:
         self._failures += 1
         self._failed.append(record.name)
         log.warning("adapter %s (%s) failed: %s", record.name, record.path, reason)
-        record.rank = 0
+        record.rank = record.extras_bytes = 0
         record.looked_at = self._clock()
         self._move(record, AdapterState.FAILED, reason)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate, numel
+from multilora_backend.adapters.affine import fill_affine
+from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.extras import Extras, allocate_extras
+from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
 from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.state import Fingerprint
-from multilora_backend.adapters.tensors import TensorInfo, read_data, read_header
+from multilora_backend.adapters.tensors import read_data, read_header, tensor_of
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -27,33 +30,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 * 2**20
-
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Part:
-    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`."""
-
-    module: str
-    site: int
-    slice: int
-    rank: int
-    scale: float
-    a: TensorInfo
-    b: TensorInfo
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """What a folder's config and header promise: all that can be known without reading the weights."""
-
-    parts: tuple[Part, ...]
-    rank: int
-    """The largest of a part."""
-    numel: int
-    """Elements in device layout."""
 
 
 def fingerprint(folder: Path) -> Fingerprint:
@@ -69,24 +45,27 @@ def fingerprint(folder: Path) -> Fingerprint:
     return tuple(of(folder / name) for name in (CONFIG, WEIGHTS, PICKLED))
 
 
-def check_adapter(folder: Path, sites: Sequence[LoraSite]) -> AdapterPlan:
+def check_adapter(folder: Path, sites: Sequence[LoraSite], base: BaseModel | None = None) -> AdapterPlan:
     """All checks that need no weights: reads the config and the header. Raises as `read_adapter` does."""
     config = PeftConfig.parse(_read_config(folder))
     with _member(folder, WEIGHTS).open("rb") as file:
-        return _plan(config, read_header(file, WEIGHTS).tensors, sites)
+        return plan_adapter(config, read_header(file, WEIGHTS).tensors, sites, base)
 
 
-def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype, pin: bool = False) -> AdapterWeights:
+def read_adapter(
+    folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype, pin: bool = False, base: BaseModel | None = None
+) -> AdapterWeights:
     """Reads, checks and lays out an adapter, in pinned memory if `pin`.
 
     Raises MultiloraError with the reason if PEFT would compute anything else from this folder than we could, or
-    OSError if a file cannot be read. Scales are folded into B in float32 before the cast to `dtype`.
+    OSError if a file cannot be read. Scales are folded into B in float32 before the cast to `dtype`. Without `base`
+    adapters with extras are refused.
     """
     text = _read_config(folder)
     config = PeftConfig.parse(text)
     with _member(folder, WEIGHTS).open("rb") as file:
         header = read_header(file, WEIGHTS)
-        plan = _plan(config, header.tensors, sites)
+        plan = plan_adapter(config, header.tensors, sites, base)
         data = read_data(file, header, WEIGHTS)
     digest = hashlib.blake2b(len(text).to_bytes(8, "little") + text, digest_size=16)
     digest.update(data.data)
@@ -100,55 +79,18 @@ def read_adapter(folder: Path, sites: Sequence[LoraSite], dtype: torch.dtype, pi
             laid_out.a.zero_()
             laid_out.b.zero_()
     effects = [_fill(weights[part.site], part, sites[part.site], data) for part in plan.parts]
-    return AdapterWeights(digest.hexdigest(), plan.rank, weights, buffers, no_effect=not any(effects))
+    extras = None
+    if base is not None and plan.extras:
+        extras = allocate_extras(plan.extras, pin)
+        effects.append(_fill_extras(extras, plan, sites, base, data))
+    return AdapterWeights(digest.hexdigest(), plan.rank, weights, buffers, not any(effects), extras)
 
 
-def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[LoraSite]) -> AdapterPlan:
-    """Matches the config, the file's tensors and the model against each other."""
-    places = {m: (i, j) for i, site in enumerate(sites) for j, m in enumerate(site.modules)}
-    found: dict[tuple[str, str], TensorInfo] = {}
-    for name, info in tensors.items():
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise MultiloraError(
-                ErrorCode.UNSUPPORTED,
-                f"{name}: is no lora_A or lora_B weight of a linear; embeddings, biases, magnitudes and full weights "
-                "are not supported yet",
-            )
-        module = match["module"]
-        if module not in places:
-            raise invalid(name, f"the base model has no linear {module} that LoRA can act on")
-        if not config.targets(module):
-            raise invalid(name, f"target_modules of {CONFIG} does not name {module}")
-        if info.dtype not in _DTYPES:
-            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: dtype {info.dtype} is not supported")
-        if found.setdefault((module, match["part"]), info) is not info:
-            raise invalid(name, "occurs twice, with and without the adapter's name")
-    parts = []
-    for module, (i, j) in places.items():
-        if not config.targets(module):
-            continue
-        rank, site = config.rank(module), sites[i]
-        a = _expect(found, module, "A", (rank, site.in_features))
-        b = _expect(found, module, "B", (site.out_features[j], rank))
-        parts.append(Part(module, i, j, rank, config.scale(module), a, b))
-    if not parts:
-        raise invalid("target_modules", "names no linear of the base model")
-    rank = max(part.rank for part in parts)
-    touched = [sites[i] for i in {part.site for part in parts}]
-    return AdapterPlan(tuple(parts), rank, sum(numel(site, rank) for site in touched))
-
-
-def _expect(found: dict[tuple[str, str], TensorInfo], module: str, part: str, shape: tuple[int, int]) -> TensorInfo:
-    info = found.get((module, part))
-    if info is None:
-        raise invalid(f"{module}.lora_{part}", f"is missing in {WEIGHTS}, and target_modules names the module")
-    if info.shape != shape:
-        raise invalid(
-            info.name,
-            f"has shape {list(info.shape)}, expected {list(shape)} from the base model and the rank in {CONFIG}",
-        )
-    return info
+def _fill_extras(
+    extras: Extras, plan: AdapterPlan, sites: Sequence[LoraSite], base: BaseModel, data: NDArray[np.uint8]
+) -> bool:
+    """False if they change nothing."""
+    return fill_affine(extras, plan.affine, sites, base, partial(tensor_of, data=data))
 
 
 def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray[np.uint8]) -> bool:
@@ -159,7 +101,7 @@ def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray
     row = part.slice * len(weights.b)
     a = weights.a[row : row + part.rank]
     b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
-    source_a, source_b = _tensor(part.a, data), _tensor(part.b, data)
+    source_a, source_b = tensor_of(part.a, data), tensor_of(part.b, data)
     a.copy_(source_a)
     b.copy_((source_b.float() * part.scale).T)
     largest = []
@@ -176,13 +118,6 @@ def _largest(tensor: Tensor) -> float:
     """The largest magnitude; NaN if there is one. Several times faster on the CPU than isfinite, all and any."""
     low, high = torch.aminmax(tensor)
     return max(abs(float(low)), abs(float(high)))
-
-
-def _tensor(info: TensorInfo, data: NDArray[np.uint8]) -> Tensor:
-    dtype = _DTYPES[info.dtype]
-    # A copy when the file does not align its tensors, as the format allows.
-    source = data[info.start : info.stop]
-    return torch.from_numpy(source.copy() if info.start % dtype.itemsize else source).view(dtype).view(info.shape)
 
 
 def _read_config(folder: Path) -> bytes:

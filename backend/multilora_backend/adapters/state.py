@@ -53,6 +53,8 @@ class AdapterRecord:
     """Content hash of the weights last read from the folder as `fingerprint` has it; empty if unread."""
     rank: int = field(default=0, init=False)
     """Largest rank of a module; 0 while unknown."""
+    extras_bytes: int = field(default=0, init=False)
+    """Of the device's memory for what it has besides A and B."""
     nbytes: int = field(default=0, init=False)
     """On the host, in device layout."""
     no_effect: bool = field(default=False, init=False)

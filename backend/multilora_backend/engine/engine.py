@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.config import Config
@@ -59,6 +60,8 @@ class Engine:
             Catalogue.read(config.adapters) if config.lora_enabled else None,
             self.model.sites,
             device_bytes=config.adapter_device_bytes or memory.adapter_bytes(self.model.device),
+            extras_bytes=memory.extras_bytes(config, self.model.device),
+            base=BaseModel(linears(self.model.module)),
             host_bytes=config.adapter_host_bytes,
             load_threads=config.adapter_load_threads,
             dtype=self.model.dtype,

@@ -14,6 +14,8 @@ CPU_KV_CACHE_BYTES = 256 * 2**20
 CUDA_ADAPTER_BYTES = 8 * 2**30
 CUDA_ADAPTER_SHARE = 12
 """The adapters' pool is one part in this many of the device's memory, CUDA_ADAPTER_BYTES at most."""
+EXTRAS_SHARE = 16
+"""The extras' arena is as large as one part in this many of the adapters' pool, and comes on top of it."""
 
 
 def adapter_bytes(device: torch.device) -> int:
@@ -21,6 +23,12 @@ def adapter_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_ADAPTER_BYTES
     return min(CUDA_ADAPTER_BYTES, torch.cuda.mem_get_info(device)[1] // CUDA_ADAPTER_SHARE)
+
+
+def extras_bytes(config: Config, device: torch.device) -> int:
+    """The arena of what adapters have besides A and B: beside 80 adapters of an 8B model, for DoRA with 48 of them."""
+    pool = config.adapter_device_bytes or adapter_bytes(device)
+    return config.adapter_extras_bytes or pool // EXTRAS_SHARE
 
 
 def num_pages(config: Config, model: LoadedModel) -> int:

@@ -21,6 +21,7 @@ from multilora_backend.adapters.border import TIERS, Border, Move
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.extras import Mask, StepExtras
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
     CopyTable,
@@ -52,9 +53,14 @@ class LoraStep:
     """Ranks of the border behind each slice of the base GEMM; 0: h comes from grouped_shrink."""
     moves: tuple[Move, ...] = ()
     """What has to be copied into the border first."""
+    extras: Mask | None = None
+    """None: no adapter of the step has any, and nothing is launched for them."""
 
 
 class LoraStrategy(Protocol):
+    extras: StepExtras
+    """What the adapters have besides A and B."""
+
     def ranks(self, batch: Batch) -> list[int]:
         """The ranks of the batch's different adapters."""
         ...
@@ -82,6 +88,8 @@ class LoraStrategy(Protocol):
 class NoLora:
     """For models served without adapters, and for steps that have none."""
 
+    extras = StepExtras(None)
+
     def ranks(self, batch: Batch) -> list[int]:
         return []
 
@@ -106,6 +114,7 @@ class Grouped(NoLora):
     def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
         self._pool = pool
         self._segments: Segments | None = None
+        self.extras = StepExtras(pool.extras)
 
     def ranks(self, batch: Batch) -> list[int]:
         slots = np.unique(batch.adapter_slots)
@@ -118,10 +127,11 @@ class Grouped(NoLora):
         rows = batch.adapter_slots
         block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
-        return LoraStep(segments if segments.max_rank else None)
+        return LoraStep(segments if segments.max_rank else None, extras=self.extras.plan(segments))
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         self._segments = segments
+        self.extras.enter(step.extras, segments)
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         y, _ = super().project(linear, x)
@@ -190,7 +200,7 @@ class Bordered(Grouped):
             h_start[key[0]] = start
         pool = self._pool
         segments = plan_segments(batch.adapter_slots, pool.rank_start, pool.rank, DECODE_BLOCK_M, h_start)
-        return LoraStep(segments, placement.tier, placement.moves)
+        return LoraStep(segments, placement.tier, placement.moves, self.extras.plan(segments))
 
     def base_step(self, rows: int, tier: int) -> LoraStep:
         """A step of rows without adapter that runs at that tier all the same: what graphs are captured with."""

@@ -37,10 +37,9 @@ def refused(folder, sites, match, weights=False):
 
 
 REFUSED_VALUES = {
-    "use_dora": True,
-    "lora_bias": True,
-    "fan_in_fan_out": True,
-    "bias": "lora_only",
+    "use_dora": "yes",
+    "lora_bias": 1,
+    "bias": "some",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["mlp.experts.gate_up_proj"],

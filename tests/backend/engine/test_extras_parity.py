@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that are more than A and B say what transformers and peft say, alone and in one batch with all others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpu_models
+from extras_models import ATTENTION, save_trained
+from gpu_models import Driver, Judge, Mode, Request
+from multilora_backend.models import linear, lora
+
+LENGTHS = (1, 41, 6, 23, 14)
+TOKENS = 32
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True, "r": 6},
+    "lora-bias": {"lora_bias": True, "r": 20},
+    "bias-all": {"bias": "all", "target_modules": ["down_proj"]},
+    "dora-bias-lora": {"use_dora": True, "bias": "lora_only", "target_modules": ATTENTION, "use_rslora": True},
+    "plain": {"r": 3},
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),  # biases of q, k and v only
+    "mistral": ("mistral", {"sliding_window": 19}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {}),
+    "phi3": ("phi3", {}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its adapters."""
+    folder = tmp_path_factory.mktemp(request.param)
+    family, settings = FAMILIES[request.param]
+    gpu_models.save_model(folder / "model", family, **settings)
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        save_trained(folder / "model", folder / "adapters" / name, seed, **fields)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(root: Path) -> Judge:
+    return Judge(root / "model", root / "adapters", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[None]:
+    yield
+    gpu_models.free_drivers()
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 61, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def driver_of(root: Path, strategy: str, graphs: bool = False, **settings: Any) -> Driver:
+    """Prompts are cut in chunks of 16 tokens at most, and decodes share steps with them."""
+    settings = {"dtype": "float32", "block_size": 4, "max_num_batched_tokens": 16, "kv_cache_bytes": 2**23, **settings}
+    return Driver(root, "cpu", Mode(strategy, graphs), overlap=graphs, **settings).preload(ADAPTERS)
+
+
+def check(requests: list[Request], judge: Judge) -> None:
+    """fp32: within 1e-4 of the largest logit in every row that was sampled, and the same greedy tokens."""
+    for request in requests:
+        tokens = request.prompt + request.token_ids
+        truth = judge.logits(request.adapter, tokens)[len(request.prompt) - 1 : -1]
+        assert (request.logits - truth).abs().max() <= 1e-4 * truth.abs().max(), request.adapter
+        assert request.token_ids == truth.argmax(dim=1).tolist(), request.adapter
+        assert len(request.token_ids) == TOKENS
+        if request.adapter:  # or this would show nothing
+            base = judge.logits("", tokens)[len(request.prompt) - 1 : -1]
+            assert (base - truth).abs().max() > 0.05 * truth.abs().max()
+
+
+def submit_all(driver: Driver) -> list[Request]:
+    for name, prompt in zip(["", *ADAPTERS], [prompts()[1], *prompts()], strict=True):
+        driver.submit(prompt, name, max_tokens=TOKENS)
+    return list(driver.run().requests.values())
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
+def test_all_in_one_batch(root: Path, judge: Judge, strategy: str):
+    driver = driver_of(root, strategy)
+    check(submit_all(driver), judge)
+    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+
+
+@pytest.mark.parametrize("root", ["llama-biased", "phi3"], indirect=True)
+def test_each_alone(root: Path, judge: Judge):
+    driver = driver_of(root, "grouped")
+    together = {request.adapter: request.token_ids for request in submit_all(driver)}
+    for name, prompt in zip(ADAPTERS, prompts(), strict=True):
+        driver.clear().submit(prompt, name, max_tokens=TOKENS)
+        alone = driver.run().requests[0]
+        check([alone], judge)
+        assert alone.token_ids == together[name]
+
+
+@pytest.mark.parametrize("root", ["llama-biased", "phi3"], indirect=True)
+@pytest.mark.parametrize(("strategy", "graphs"), [("reference", False), ("bordered", True)])
+def test_by_the_reference_and_beside_graphs(root: Path, judge: Judge, strategy: str, graphs: bool):
+    """With graphs, steps that have extras run outside of them, and all others inside."""
+    driver = driver_of(root, strategy, graphs)
+    check(submit_all(driver), judge)
+    assert all(rows == 1 for rows, *_ in driver.replayed), "only when the one without extras is left"
+    driver.clear()
+    for name in ("", "plain"):
+        driver.submit([5, 6, 7], name, max_tokens=4)
+    driver.run()
+    assert bool(driver.replayed) == graphs
+
+
+class Launches(TorchDispatchMode):
+    """Counts what torch computes, and calls of our kernels' launchers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[tuple] = Counter()
+        for module, name in ((linear, "grouped_expand"), (linear, "row_affine"), (lora, "grouped_shrink")):
+            monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
+
+    def _counted(self, name: str, op: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.counts[name,] += 1
+            return op(*arguments)
+
+        return counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
+        self.counts[str(func), shapes] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("root", ["llama-biased"], indirect=True)
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
+def test_a_batch_without_extras_launches_what_it_did_before(
+    root: Path, strategy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The device may be full of DoRA: who does not use it pays nothing."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "model").symlink_to(root / "model")
+    (tmp_path / "adapters" / "plain").symlink_to(root / "adapters" / "plain")
+
+    def launches(folder: Path, names: list[str], *also: str) -> Counter[tuple]:
+        settings = {"dtype": "float32", "block_size": 4, "max_num_batched_tokens": 16, "kv_cache_bytes": 2**23}
+        driver = Driver(folder, "cpu", Mode(strategy, False), overlap=False, **settings).preload(["plain", *also])
+        for name in names:
+            driver.submit([5, 6, 7], name, max_tokens=5)
+        with monkeypatch.context() as patch, Launches(patch) as counted:
+            driver.run()
+        return counted.counts
+
+    names = ["", "plain", "plain"]
+    before, after = launches(tmp_path, names), launches(root, names, *ADAPTERS)
+    assert before == after
+    assert ("row_affine",) not in after
+    assert before["grouped_expand",] > 0
+    # 5 steps of 2 layers: only the linears that the adapter scales or shifts, and q/k/v and gate/up no more in one go.
+    biased = launches(root, [*names, "dora-bias-lora"], *ADAPTERS)
+    assert biased["row_affine",] == 5 * 2 * 2, "q/k/v and o"
+    assert biased["grouped_expand",] == 5 * 2 * 3, "and down"
+
+
+@pytest.mark.parametrize("root", ["llama-biased"], indirect=True)
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
+def test_warm_up_launches_what_extras_will_need(root: Path, strategy: str, monkeypatch: pytest.MonkeyPatch):
+    """Kernels are compiled before the engine is ready, also those of adapters that come later."""
+    driver = Driver(root, "cpu", Mode(strategy, False), overlap=False, dtype="float32")
+    with monkeypatch.context() as patch, Launches(patch) as counted:
+        driver.runner.warm_up(40)
+    assert counted.counts["row_affine",] == 3 * 2 * 8, "3 sizes, ranks up to 16 and beyond, 4 linears in 2 layers"
+    none = Driver(root, "cpu", Mode(strategy, False), overlap=False, dtype="float32", adapter_extras_bytes=1)
+    with monkeypatch.context() as patch, Launches(patch) as counted:
+        none.runner.warm_up(40)
+    assert not counted.counts["row_affine",], "where there is no room for extras there are none to be ready for"
