@@ -18,7 +18,7 @@ SHELLS := scripts/*.sh .ci/run
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-gpu lint format bench perf example-model clean \
-  bench-engine bench-latency bench-triton bench-kernels profile figures
+  bench-engine bench-latency bench-triton bench-kernels profile simulate figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,10 +84,15 @@ profile: ## where the time of a saturated decode goes at SHAPE
 	$(SETUP)
 	@$(BIN)/python benchmarks/profile_steps.py --shape $(SHAPE) --input 256 --json $(RESULTS)/profile.json $(ARGS)
 
-figures: ## the plots and tables of docs/performance.md from benchmarks/results; needs matplotlib
+simulate: ## the scheduler in virtual time: fairness and starvation tables, and whether the targets hold
+	$(SETUP)
+	@$(BIN)/python benchmarks/simulate.py --json $(RESULTS)/simulation $(ARGS)
+
+figures: ## the plots and tables of docs/ from benchmarks/results; needs matplotlib
 	$(SETUP)
 	@$(BIN)/python benchmarks/plot.py
 	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python benchmarks/simulated.py
 
 perf: ## drive a server of its own with Triton's perf_analyzer
 	$(SETUP)

@@ -69,7 +69,7 @@ def throughput(result: dict[str, Any], path: Path, share: bool) -> None:
         fontsize=9,
     )
     axes.legend(frameon=False, loc="lower left")
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def latency(result: dict[str, Any], path: Path) -> None:
@@ -92,14 +92,14 @@ def latency(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['options']['shape']} bf16, {result['environment']['device']}", fontsize=9)
     axes.set_ylim(0, 1.25 * max(row["inter_token"]["p99_ms"] for row in rows))
     axes.legend(frameon=False, ncols=4, loc="upper left", fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def _kind(row: dict[str, Any]) -> str:
     return {0: "base", 1: "one adapter"}.get(row["adapters"], "an adapter a request")
 
 
-def _save(plt: ModuleType, figure: Any, path: Path) -> None:
+def save(plt: ModuleType, figure: Any, path: Path) -> None:
     figure.tight_layout()
     # Without the version in its metadata the same figures give the same file.
     figure.savefig(path, metadata={"Software": None})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`multilora`: the server in the foreground, and the configuration reference."""
+"""`multilora`: the server in the foreground, what fits into memory, and the references."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from multilora_backend import launcher
 from multilora_backend.config import Config
 from multilora_backend.errors import MultiloraError
+from multilora_backend.frontend.series import reference as metrics_reference
+from multilora_backend.planning.sizes import parse_size
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,8 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run tritonserver with the model until Ctrl-C", allow_abbrev=False)
-    serve.add_argument("--model", default="", help="folder of a transformers model")
-    serve.add_argument("--adapters", default="", help="folder of PEFT adapters, or a YAML or JSON file name: folder")
+    _add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--http-port", type=int, default=8000, help="0: a free one (default: %(default)s)")
     serve.add_argument("--grpc-port", type=int, default=8001, help="0: a free one (default: %(default)s)")
@@ -47,7 +48,27 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--drain", type=int, default=10, metavar="SECONDS", help="how long requests may go on after Ctrl-C"
     )
-    serve.add_argument(
+    serve.set_defaults(run=_serve)
+
+    plan = commands.add_parser("plan", help="print what fits into memory, without loading anything", allow_abbrev=False)
+    _add_model(plan)
+    plan.add_argument(
+        "--device-memory", type=_size, default=0, metavar="SIZE", help="of a CUDA device, as 80GiB; default: this one's"
+    )
+    plan.add_argument("--json", action="store_true", help="everything, for scripts")
+    plan.set_defaults(run=_plan)
+
+    reference = commands.add_parser("config", help="print the configuration reference as a Markdown table")
+    reference.set_defaults(run=lambda options: print(config_reference()) or 0)
+    series = commands.add_parser("metrics", help="print the reference of the metrics as a Markdown table")
+    series.set_defaults(run=lambda options: print(metrics_reference()) or 0)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", help="folder of a transformers model")
+    parser.add_argument("--adapters", default="", help="folder of PEFT adapters, or a YAML or JSON file name: source")
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -56,11 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         dest="settings",
         help="a field of the configuration; see `multilora config`",
     )
-    serve.set_defaults(run=_serve)
 
-    reference = commands.add_parser("config", help="print the configuration reference as a Markdown table")
-    reference.set_defaults(run=lambda options: print(config_reference()) or 0)
-    return parser
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -105,6 +128,24 @@ def _serve(options: argparse.Namespace) -> int:
     except _Stopped:
         _say("stopped")
         return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    # Imported here, since nothing else of this command needs torch.
+    from rich.console import Console
+
+    from multilora_backend.planning.plan import machine_of, make_plan
+    from multilora_backend.planning.report import as_json, show
+
+    given = {"model": options.model, "adapters": options.adapters}
+    values = {**dict(options.settings), **{key: value for key, value in given.items() if value}}
+    config = Config.from_mapping(values, "settings")
+    plan = make_plan(config, machine_of(config, options.device_memory))
+    if options.json:
+        print(as_json(plan))
+    else:
+        show(plan, Console(soft_wrap=True, highlight=False))
+    return 1 if plan.problem else 0
 
 
 def _say(text: str) -> None:

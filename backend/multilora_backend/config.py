@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 ENV_PREFIX = "MULTILORA_"
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,18 @@ class Config:
     """Prepare a step while the one before it runs. auto: on CUDA."""
     enable_prefix_caching: bool = True
     """Requests of the same adapter version with the same beginning share KV pages."""
-    policy: Literal["adapter_first", "first_come"] = "adapter_first"
-    """Which waiting request is next: those whose adapter is resident, or strictly the oldest."""
+    strategies: str = "adapter_first,fair_share,priority,preload"
+    """Which of these order requests and adapters, see docs/scheduling.md; empty: first come, first served."""
     max_overtake_s: float = 2.0
-    """adapter_first: a request that has waited this long is no longer overtaken by requests of resident adapters."""
+    """adapter_first: so long may requests of resident adapters overtake one whose adapter must be loaded."""
+    tenure_s: float = 2.0
+    """So long an adapter keeps its place in the batch when there are more than fit and another one is overdue."""
+    fair_input_weight: float = 1.0
+    """fair_share: what a prompt token counts."""
+    fair_output_weight: float = 2.0
+    """fair_share: what an output token counts."""
+    tenants: str = ""
+    """YAML file with classes, weights, permissions and caps of tenants; empty: all are equal, without caps."""
 
     # Adapters
     max_loras: int = 0
@@ -75,10 +85,27 @@ class Config:
     """Host cache for adapters in device layout."""
     adapter_load_threads: int = 2
     """Threads that read, check and lay out adapters."""
+    adapters_watch_s: float = 5.0
+    """How often `adapters` is looked at for adapters that came, changed or went; 0: never."""
+    adapter_roots: str = ""
+    """What adapters may come from besides `adapters`: folders, `hf:owner[/repository]`, URLs; commas between them."""
+    adapter_cache_dir: str = ""
+    """Where adapters from a hub or a URL are kept; empty: multilora/adapters in the user's cache folder."""
+    adapter_state_file: str = ""
+    """Where adapters that commands loaded, aliases and pins outlive a restart; empty: `.multilora.json` in the folder
+    `adapters`, or the file's name with `.state.json` beside it. Each server needs its own."""
+    adapter_max_bytes: int = 8 * 2**30
+    """Adapters with larger files are refused, before they are downloaded where their size is told."""
     lora_strategy: Literal["auto", "reference", "grouped", "bordered"] = "auto"
-    """auto: grouped on the CPU; on CUDA bordered (A rides in the base GEMM of decode steps, prompts run grouped)."""
+    """auto: grouped on the CPU; on CUDA bordered: A rides in the base GEMM, in prompts for few ranks only."""
+    admin_token: str = ""
+    """What every command to the model multilora_adapters must then carry as `token`; empty: none is asked for."""
 
     # Requests
+    tenant_header: str = ""
+    """Header that names a request's tenant, for a gateway to set; `tenant` in the request is then refused."""
+    priority_header: str = ""
+    """Header with a request's priority, likewise; `request_priority` in the request is then refused."""
     default_max_tokens: int = 16
     """When a request names no max_tokens; vLLM's default."""
     max_prompt_bytes: int = 4 * 2**20
@@ -97,6 +124,10 @@ class Config:
     """torch's CPU threads in the engine; 0: one less than the cores, on CUDA at most 4."""
     report_custom_metrics: bool = True
     """Metrics on Triton's endpoint; REPORT_CUSTOM_METRICS of vllm_backend sets it too."""
+    metrics_adapters: int = 64
+    """Adapters with time series of their own for latency, in each front end; the rest shares `__other__`."""
+    metrics_tenants: int = 64
+    """Tenants with time series of their own, likewise."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of the front end and the engine."""
 
@@ -126,7 +157,17 @@ class Config:
         ):
             require(name, getattr(self, name) >= 0, "0 or more")
         require("adapter_host_bytes", self.adapter_host_bytes >= 0, "0 or more")
+        require("metrics_adapters", self.metrics_adapters >= 0, "0 or more")
+        require("metrics_tenants", self.metrics_tenants >= 0, "0 or more")
+        require("adapters_watch_s", self.adapters_watch_s >= 0, "0 or more")
+        require("adapter_max_bytes", self.adapter_max_bytes >= 1, "at least 1")
         require("max_overtake_s", self.max_overtake_s >= 0, "0 or more")
+        require("tenure_s", self.tenure_s > 0, "above 0")
+        for name in ("fair_input_weight", "fair_output_weight"):
+            require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("tenant_header", "priority_header"):
+            value = getattr(self, name)
+            require(name, not value or bool(_HEADER.fullmatch(value)), "the name of an HTTP header")
         require("engine_start_timeout_s", self.engine_start_timeout_s > 0, "above 0")
         require("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
 
@@ -151,6 +192,7 @@ class Config:
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Config)
+_PATHS = ("model", "adapters", "tenants", "adapter_state_file")
 _TRUE = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 VLLM_IGNORED: dict[str, str] = {
@@ -177,7 +219,7 @@ _VLLM_FIXED: dict[str, tuple[Any, str]] = {
 }
 """Engine arguments that are accepted at one value only."""
 
-_TRITON_RESERVED = {"FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH", "REPORT_CUSTOM_METRICS"}
+TRITON_PARAMETERS = {"FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH", "REPORT_CUSTOM_METRICS"}
 
 
 def load(
@@ -185,11 +227,11 @@ def load(
 ) -> tuple[Config, list[str]]:
     """Reads all sources for the Triton model in `model_dir` (the folder that holds config.pbtxt).
 
-    Returns the config, with `model` and `adapters` made absolute, and the notes to log (ignored arguments).
+    Returns the config, with the paths of `_PATHS` made absolute, and the notes to log (ignored arguments).
     """
     version_dir = model_dir / version
     values, notes = _from_vllm(version_dir)
-    ours = {key: value for key, value in parameters.items() if key not in _TRITON_RESERVED}
+    ours = {key: value for key, value in parameters.items() if key not in TRITON_PARAMETERS}
     values.update(_relative_to(model_dir, _checked(ours, "config.pbtxt parameters")))
     if "REPORT_CUSTOM_METRICS" in parameters:
         values["report_custom_metrics"] = parameters["REPORT_CUSTOM_METRICS"]
@@ -237,10 +279,7 @@ def _from_vllm(version_dir: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _relative_to(base: Path, values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: str((base / value).resolve()) if key in ("model", "adapters") and value else value
-        for key, value in values.items()
-    }
+    return {key: str((base / value).resolve()) if key in _PATHS and value else value for key, value in values.items()}
 
 
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Everything here is plain data without torch, so that the front end, the schedule
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
@@ -16,7 +17,17 @@ UNKNOWN_TOKEN = -1
 """Stands in `Sequence.token_ids` for a token that the device has drawn, or will, and the host has not read yet."""
 
 if TYPE_CHECKING:
-    from multilora_backend.adapters.manager import Lease
+    from multilora_backend.adapters.state import Lease
+    from multilora_backend.scheduling.lines import Line
+
+
+def adapter_name(key: str) -> str:
+    """The name behind a key, for tenants, fairness and reports; empty for the base model.
+
+    A key stands for one revision of an adapter: the name itself for the first, `name@2`, `name@3`, ... for those that
+    replaced it. No name contains "@".
+    """
+    return key.partition("@")[0]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -62,7 +73,9 @@ class SequenceStatus(IntEnum):
     WAITING = 0
     WAITING_ADAPTER = 1
     RUNNING = 2
-    FINISHED = 3
+    PAUSED = 3
+    """Turned out so that others get its adapter's slot; it may still hold its pages, see `scheduling.scheduler`."""
+    FINISHED = 4
 
 
 _LEGAL: dict[SequenceStatus, frozenset[SequenceStatus]] = {
@@ -73,7 +86,9 @@ _LEGAL: dict[SequenceStatus, frozenset[SequenceStatus]] = {
         {SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED}
     ),
     # RUNNING -> WAITING is preemption: pages are given back and the sequence is computed again later.
-    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.FINISHED}),
+    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.PAUSED, SequenceStatus.FINISHED}),
+    # PAUSED -> WAITING: its pages were needed.
+    SequenceStatus.PAUSED: frozenset({SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED}),
     SequenceStatus.FINISHED: frozenset(),
 }
 
@@ -91,7 +106,7 @@ class Sequence:
     seed: int
     """Drives this sequence's sampling whatever else is in the batch: the request's seed + index, or random."""
     adapter: str = ""
-    """Name in the catalogue; empty for the base model."""
+    """Key of an adapter's revision, see `adapter_name`; empty for the base model."""
     priority: int = 0
     """Larger is sooner."""
     tenant: str = ""
@@ -99,6 +114,8 @@ class Sequence:
     """time.monotonic() when the engine received it."""
     max_len: int = 1 << 31
     """Prompt and output tokens at which the sequence ends."""
+    deadline: float = math.inf
+    """When the first token should be there, on the clock of `arrival`; the scheduler fills in its class's."""
 
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -112,6 +129,16 @@ class Sequence:
     """Prompt tokens found in the prefix cache when the sequence was last admitted."""
     page_hashes: list[bytes] = field(default_factory=list, init=False)
     """Set by the page table: chain hashes of the full pages, see `scheduling.pages`."""
+    num_published: int = field(default=0, init=False)
+    """Set by the page table: how many of the pages other sequences can find."""
+    root: bytes = field(default=b"", init=False)
+    """Set by the scheduler: the adapter version that K and V in `pages` depend on; empty for the base model."""
+    line: Line | None = field(default=None, init=False)
+    """Set by the scheduler from `add` to `finish`: where the sequence waits, and who pays for it."""
+    started: float | None = field(default=None, init=False)
+    """Set by the scheduler: when the sequence first ran."""
+    start_len: int = field(default=0, init=False)
+    """Set by the scheduler: tokens that it had when it last began to run."""
     cumulative_logprob: float = field(default=0.0, init=False)
 
     @property
@@ -141,9 +168,12 @@ class Sequence:
         self.finish_reason = reason
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A sequence's share of one step: positions [start, start + count) are computed."""
+class Slot(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A sequence's share of one step: positions [start, start + count) are computed.
+
+    A Struct, since a step has one for every sequence: it is built in a quarter of a dataclass's time, and what the
+    collector does not look at (no sequence leads to a slot) does not call it either.
+    """
 
     sequence: Sequence
     start: int

@@ -13,6 +13,7 @@ from multilora_backend.config import ENV_PREFIX, Config
 from multilora_backend.errors import invalid
 
 MODEL_NAME = "multilora"
+ADMIN_MODEL_NAME = "multilora_adapters"
 
 
 def environment(model: str | Path, adapters: str | Path, settings: Mapping[str, object]) -> dict[str, str]:
@@ -58,12 +59,29 @@ def ports(host: str, asked: Mapping[str, int]) -> dict[str, int]:
     return chosen
 
 
+def models(repository: Path) -> list[str]:
+    """What to load of a repository: the model and, where there is one, the model that administers its adapters."""
+    there = (repository / ADMIN_MODEL_NAME / "config.pbtxt").exists()
+    return [MODEL_NAME, ADMIN_MODEL_NAME] if there else [MODEL_NAME]
+
+
+def header_flags(variables: Mapping[str, str]) -> list[str]:
+    """tritonserver's flags that forward the headers which the configuration names, and no others."""
+    names = [variables.get(f"{ENV_PREFIX}{field}", "") for field in ("TENANT_HEADER", "PRIORITY_HEADER")]
+    if not any(names):
+        return []
+    pattern = f"(?i)^({'|'.join(re.escape(name) for name in names if name)})$"
+    return [f"--{protocol}-header-forward-pattern={pattern}" for protocol in ("http", "grpc")]
+
+
 def with_instances(source: Path, target: Path, instances: int) -> Path:
     """A repository like `source` whose multilora model has another number of front ends."""
     if instances < 1:
         raise invalid("instances", f"must be at least 1, got {instances}")
     model = target / MODEL_NAME
     model.mkdir(parents=True)
+    for other in models(source)[1:]:
+        (target / other).symlink_to(source.resolve() / other)
     for entry in (source.resolve() / MODEL_NAME).iterdir():
         if entry.name != "config.pbtxt":
             (model / entry.name).symlink_to(entry)

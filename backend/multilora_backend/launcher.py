@@ -87,10 +87,11 @@ class TritonServer:
                 str(installation.binary),
                 f"--model-repository={repository.resolve()}",
                 "--model-control-mode=explicit",
-                f"--load-model={MODEL_NAME}",
+                *(f"--load-model={name}" for name in launch_arguments.models(repository)),
                 f"--backend-config=python,shm-region-prefix-name={self._memory_prefix}",
                 f"--exit-timeout-secs={drain_s}",
                 *installation.flags(),
+                *launch_arguments.header_flags({**os.environ, **variables}),
             ]
             for kind, port in chosen.items():
                 command += [f"--{kind}-address={host}", f"--{kind}-port={port}"]

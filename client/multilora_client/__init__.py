@@ -13,9 +13,10 @@ from multilora_client.errors import (
     ServerError,
     ServerUnavailable,
 )
-from multilora_client.types import Choice, Chunk, Completion, Message, SamplingOptions, TokenLogprob
+from multilora_client.types import AdapterInfo, Choice, Chunk, Completion, Message, SamplingOptions, TokenLogprob
 
 __all__ = [
+    "AdapterInfo",
     "AdapterNotFound",
     "AsyncClient",
     "AsyncCompletionStream",

@@ -7,14 +7,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from multilora_client import settings
+from multilora_client.adapters import AsyncAdapters
 from multilora_client.errors import RequestTimeout, ServerUnavailable
 from multilora_client.exchange import Exchange
 from multilora_client.settings import Settings
 from multilora_client.types import Chunk, Completion, Message, SamplingOptions
-from multilora_client.wire import RemainingTime, Request
+from multilora_client.wire import RemainingTime, Request, parse_result
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -116,8 +117,11 @@ class AsyncClient:
         timeout: float = settings.DEFAULT_TIMEOUT_S,
         retries: int = settings.DEFAULT_RETRIES,
         headers: Mapping[str, str] | None = None,
+        admin_model: str = settings.DEFAULT_ADMIN_MODEL,
+        admin_token: str = "",
     ) -> None:
-        self.settings = Settings(url, protocol, model, timeout, retries, headers or {})
+        self.settings = Settings(url, protocol, model, timeout, retries, headers or {}, admin_model, admin_token)
+        self.adapters = AsyncAdapters(self._command)
         self._made: _Transport | None = None
 
     async def generate(
@@ -171,6 +175,11 @@ class AsyncClient:
                 return False
             await asyncio.sleep(settings.READY_POLL_S)
         return True
+
+    async def _command(self, action: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        exchange = self.settings.command(action, arguments)
+        stream = AsyncCompletionStream(self, exchange)
+        return parse_result((await stream.completion()).text)
 
     async def close(self) -> None:
         """Ends the connection and what still runs on it."""

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from multilora_client import errors, settings
+from multilora_client import cli_adapters, errors, flags, settings
 from multilora_client.aio import AsyncClient
 from multilora_client.client import Client, CompletionStream
 from multilora_client.table import comparison
@@ -36,16 +36,6 @@ _EPILOG = """exit status:
   3  invalid request              8  the server failed
   4  no such adapter or model   130  interrupted; the request is cancelled
 """
-_SAMPLING: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "most tokens to generate"),
-    "min_tokens": (int, "fewest tokens to generate"),
-    "temperature": (float, "0 is greedy"),
-    "top_k": (int, "sample from the K likeliest tokens"),
-    "top_p": (float, "sample from the likeliest tokens of this much probability"),
-    "min_p": (float, "drop tokens below this share of the likeliest one's probability"),
-    "seed": (int, "makes sampling repeatable"),
-    "logprobs": (int, "report this many of the likeliest tokens (with --json)"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        sampling = _sampling(arguments)
-        settings.Settings(**_client_arguments(arguments))
+        sampling = flags.sampling(arguments)
+        settings.Settings(**flags.client_arguments(arguments))
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -132,7 +122,7 @@ def _compare(arguments: argparse.Namespace, sampling: SamplingOptions) -> int:
 async def _ask_all(
     arguments: argparse.Namespace, names: list[str], sampling: SamplingOptions
 ) -> list[Completion | errors.MultiloraClientError]:
-    async with AsyncClient(**_client_arguments(arguments)) as client:
+    async with AsyncClient(**flags.client_arguments(arguments)) as client:
 
         async def ask(name: str) -> Completion | errors.MultiloraClientError:
             adapter = None if name == BASE else name
@@ -187,36 +177,8 @@ def _where(arguments: argparse.Namespace) -> str:
     return f"{arguments.protocol} {arguments.url or settings.DEFAULT_URLS[arguments.protocol]}"
 
 
-def _client_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("url", "protocol", "model", "timeout", "retries")}
-
-
 def _client(arguments: argparse.Namespace) -> Client:
-    return Client(**_client_arguments(arguments))
-
-
-def _sampling(arguments: argparse.Namespace) -> SamplingOptions:
-    """All sampling flags as one object; raises ValueError that names the flag."""
-    try:
-        given = json.loads(getattr(arguments, "sampling", None) or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--sampling: is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError("--sampling: must be a JSON object")
-    for name in (*_SAMPLING, "stop", "ignore_eos"):
-        value = getattr(arguments, name, None)
-        if value is not None:
-            given[name] = value
-    if getattr(arguments, "stream", False) and not arguments.json and given.get("n", 1) != 1:
-        raise ValueError("--stream: several texts (n) cannot share one terminal: use --json, or leave out --stream")
-    return cast(SamplingOptions, given)
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("must name at least one adapter")
-    return names
+    return Client(**flags.client_arguments(arguments))
 
 
 def _read_stdin() -> str:
@@ -227,49 +189,16 @@ def _read_stdin() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("server")
-    group.add_argument("--url", help="host:port or a url (default: localhost, 8001 for grpc, 8000 for http)")
-    group.add_argument("--protocol", choices=sorted(settings.DEFAULT_URLS), default="grpc")
-    group.add_argument("--model", default=settings.DEFAULT_MODEL)
-    group.add_argument(
-        "--timeout", type=float, default=settings.DEFAULT_TIMEOUT_S, metavar="S", help="deadline of a request"
-    )
-    group.add_argument(
-        "--retries",
-        type=int,
-        default=settings.DEFAULT_RETRIES,
-        help="attempts more while the server is unavailable and has sent nothing",
-    )
-    sampled = argparse.ArgumentParser(add_help=False)
-    group = sampled.add_argument_group("sampling (left out: the server's defaults)")
-    for name, (kind, text) in _SAMPLING.items():
-        flag, metavar = f"--{name.replace('_', '-')}", "N" if kind is int else "X"
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given again")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on to --max-tokens")
-    group.add_argument("--sampling", metavar="JSON", help="any other sampling parameters, as one object")
-    sampled.add_argument("--json", action="store_true", help="print results as JSON, one object a line")
-    single = argparse.ArgumentParser(add_help=False)
-    single.add_argument("--adapter", metavar="NAME", help="adapter to use (default: the base model)")
-    single.add_argument("--stream", action="store_true", help="print text as it is generated")
-
+    common, sampled, single = flags.server(), flags.sampled(), flags.single()
+    shape: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
-        prog="multilora-client",
-        description="Ask a multilora model on a Triton server.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="multilora-client", description="Ask a multilora model on a Triton server.", **shape
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            parents=[*parents, common],
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, parents=[*parents, common], **shape
         )
         made.set_defaults(run=run)
         return made
@@ -281,9 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     compare = command("compare", _compare, "Complete one prompt with several adapters at once.", sampled)
     compare.add_argument("prompt", metavar="PROMPT")
-    compare.add_argument("--adapters", type=_names, required=True, metavar="A,B,base", help=f"{BASE} is the base model")
+    compare.add_argument(
+        "--adapters", type=flags.names, required=True, metavar="A,B,base", help=f"{BASE} is the base model"
+    )
     ready = command("ready", _ready, "Tell whether the model takes requests.")
     ready.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for it")
+    cli_adapters.add(commands, common, **shape)
     return parser
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from multilora_client import settings
+from multilora_client.adapters import Adapters
 from multilora_client.errors import RequestTimeout, ServerUnavailable
 from multilora_client.exchange import Exchange
 from multilora_client.settings import Settings
 from multilora_client.types import Chunk, Completion, Message, SamplingOptions
-from multilora_client.wire import RemainingTime, Request
+from multilora_client.wire import RemainingTime, Request, parse_result
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -105,7 +106,7 @@ class Client:
     ...     client.generate("hello", adapter="upper", max_tokens=32, temperature=0).text
 
     See `settings.Settings` for the arguments and `types.SamplingOptions` for the keywords of the methods.
-    All methods that generate raise the classes in `errors`.
+    All methods that generate raise the classes in `errors`, and so do those of `adapters`, the operators' commands.
     """
 
     def __init__(
@@ -117,8 +118,11 @@ class Client:
         timeout: float = settings.DEFAULT_TIMEOUT_S,
         retries: int = settings.DEFAULT_RETRIES,
         headers: Mapping[str, str] | None = None,
+        admin_model: str = settings.DEFAULT_ADMIN_MODEL,
+        admin_token: str = "",
     ) -> None:
-        self.settings = Settings(url, protocol, model, timeout, retries, headers or {})
+        self.settings = Settings(url, protocol, model, timeout, retries, headers or {}, admin_model, admin_token)
+        self.adapters = Adapters(self._command)
         self._transport = _make_transport(self.settings)
 
     def generate(
@@ -172,6 +176,11 @@ class Client:
                 return False
             time.sleep(settings.READY_POLL_S)
         return True
+
+    def _command(self, action: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        exchange = self.settings.command(action, arguments)
+        stream = CompletionStream(self._transport, exchange)
+        return parse_result(stream.completion().text)
 
     def close(self) -> None:
         """Ends the connection and what still runs on it."""

@@ -90,7 +90,7 @@ class Exchange:
             choices=tuple(_joined(choice_parts) for choice_parts in parts),
             num_input_tokens=max(chunk.num_input_tokens for chunk in self._chunks),
             adapter=self.request.adapter,
-            ttft_s=self._first - self._start if self.request.tensors["stream"] else None,
+            ttft_s=self._first - self._start if self.request.tensors.get("stream") else None,
             total_s=self._last - self._start,
         )
 

@@ -183,7 +183,7 @@ def _decode(response: Any, request: Request, answered: bool) -> Chunk:
         output.name: _values(output.name, output.datatype, raw)
         for output, raw in zip(infer.outputs, infer.raw_output_contents, strict=True)
     }
-    return parse_chunk(outputs, final=infer.parameters["triton_final_response"].bool_param)
+    return parse_chunk(outputs, infer.parameters["triton_final_response"].bool_param, request.output)
 
 
 def _values(name: str, datatype: str, raw: bytes) -> Sequence[Any]:

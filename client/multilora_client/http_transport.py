@@ -63,7 +63,7 @@ def decode_event(event: str, request: Request) -> Chunk:
         message = str(body["error"])
         raise error_of(code_of_text(message, "INTERNAL"), message, request.adapter)
     outputs = {name: value if isinstance(value, list) else [value] for name, value in body.items()}
-    return parse_chunk(outputs, final=False)
+    return parse_chunk(outputs, final=False, output=request.output)
 
 
 def error_of_status(status: int, body: bytes, request: Request) -> MultiloraClientError:

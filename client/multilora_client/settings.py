@@ -10,10 +10,15 @@ from urllib.parse import SplitResult, urlsplit
 
 from multilora_client.exchange import Exchange
 from multilora_client.types import Message
-from multilora_client.wire import build_request
+from multilora_client.wire import build_command, build_request
 
 DEFAULT_MODEL = "multilora"
+DEFAULT_ADMIN_MODEL = "multilora_adapters"
 DEFAULT_TIMEOUT_S = 600.0
+COMMAND_TIMEOUT_S = 60.0
+"""How long a command that waits lets the server take until it is done."""
+COMMAND_GRACE_S = 10.0
+"""How much later the client gives up: the server's answer that it is not done yet says more."""
 DEFAULT_RETRIES = 2
 READY_TIMEOUT_S = 5.0
 READY_POLL_S = 0.2
@@ -36,6 +41,10 @@ class Settings:
     """How often a request is sent again when the server is unavailable and no token has arrived."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """HTTP headers or gRPC metadata of every request, for what stands before the server or is forwarded by it."""
+
+    admin_model: str = DEFAULT_ADMIN_MODEL
+    admin_token: str = field(default="", repr=False)
+    """The server's `admin_token`, if it has one; for commands alone."""
 
     def __post_init__(self) -> None:
         if self.protocol not in DEFAULT_URLS:
@@ -79,3 +88,11 @@ class Settings:
         stream = stream or self.protocol == "http"
         request = build_request(self.model, prompt, adapter=adapter, stream=stream, sampling=sampling)
         return Exchange(request, seconds, self.retries)
+
+    def command(self, action: str, arguments: Mapping[str, Any]) -> Exchange:
+        """A command that is ready to be sent. All are idempotent, so that they may be sent again like requests."""
+        seconds = arguments.get("timeout_s", COMMAND_TIMEOUT_S)
+        if not seconds > 0:
+            raise ValueError(f"timeout: must be above 0, got {seconds!r}")
+        request = build_command(self.admin_model, action, arguments, self.admin_token)
+        return Exchange(request, seconds + COMMAND_GRACE_S, self.retries)

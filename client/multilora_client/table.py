@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of `multilora-client compare`."""
+"""The tables of `multilora-client compare` and `adapters`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import unicodedata
 from collections.abc import Sequence
 
 from multilora_client.errors import MultiloraClientError
-from multilora_client.types import Completion
+from multilora_client.types import AdapterInfo, Completion
 
 _HEADER = ("adapter", "tokens", "finish", "ttft ms", "tokens/s", "text")
+_ADAPTERS_HEADER = ("adapter", "version", "state", "level", "rank", "MiB", "source")
+_VERSION_DIGITS = 12
 _MIN_TEXT_WIDTH = 20
 
 
@@ -19,7 +21,25 @@ def comparison(
 ) -> str:
     """One aligned line for each result, cut to `width` columns (default: the terminal's)."""
     rows = [_HEADER, *(_row(name, result) for name, result in zip(names, results, strict=True))]
-    widths = [max(_columns(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
+    return _aligned(rows, width)
+
+
+def adapters_table(infos: Sequence[AdapterInfo], width: int | None = None) -> str:
+    """One aligned line for each adapter; why it failed stands in the last column, else where it comes from."""
+    rows = [_ADAPTERS_HEADER]
+    for info in infos:
+        level = f"{info['level']}, pinned" if info["pinned"] else info["level"]
+        size = f"{info['bytes'] / 2**20:.1f}" if info["bytes"] else "-"
+        version = (info["version"] or "-")[:_VERSION_DIGITS]
+        name = ", ".join([info["name"], *info["aliases"]])
+        note = info["reason"] or info["source"]
+        rows.append((_one_line(name), version, info["state"], level, str(info["rank"] or "-"), size, _one_line(note)))
+    return _aligned(rows, width)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], width: int | None) -> str:
+    """The last column is cut to what the others leave of the terminal, or of `width`."""
+    widths = [max(_columns(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     text_width = (width or shutil.get_terminal_size().columns) - sum(widths) - 2 * len(widths)
     lines = []
     for row in rows:

@@ -36,6 +36,45 @@ class SamplingOptions(TypedDict, total=False):
     """How many of the likeliest tokens to report beside the sampled one; any number also turns on
     `Choice.logprobs` and `Choice.cumulative_logprob`."""
     logit_bias: Mapping[int, float] | None
+    request_priority: int | None
+    """Larger is sooner."""
+    tenant: str | None
+    """Whose quota and share it is. A server that takes both from headers refuses them here."""
+
+
+class AdapterInfo(TypedDict):
+    """An adapter as the server tells of it; a newer server may tell more."""
+
+    name: str
+    key: str
+    version: str | None
+    """Content hash: `name@version` asks for it, and the first digits will do. None until it has been read."""
+    versions: list[str]
+    """Others of this name that can still be asked for."""
+    current: bool
+    pending: bool
+    """A new revision is being read or checked, and becomes current if it is found fine."""
+    state: str
+    """"cold", "loading", "active", "evicting" or "failed"."""
+    since_s: float
+    reason: str
+    level: str
+    """"device", "host" or "disk": the fastest memory that has it."""
+    rank: int
+    bytes: int
+    pinned: bool
+    aliases: list[str]
+    source: str
+    origin: str
+    """"config" or "admin"."""
+    tenants: list[str]
+    leases: int
+    holds: int
+    requests_total: int
+    loads_total: int
+    load_seconds: float
+    last_used_s: float | None
+    no_effect: bool
 
 
 class Message(TypedDict):

@@ -21,6 +21,8 @@ class Request:
     """Input tensors of one element each: str is BYTES, bool is BOOL."""
     adapter: str | None
     """For error messages and results; the server reads the tensor."""
+    output: str = "text_output"
+    """The tensor that has the answer's text."""
 
 
 class RemainingTime(Protocol):
@@ -61,14 +63,34 @@ def build_request(
     return Request(model, tensors, adapter or None)
 
 
-def parse_chunk(outputs: Mapping[str, Sequence[Any]], final: bool) -> Chunk:
+def build_command(model: str, action: str, arguments: Mapping[str, Any], token: str) -> Request:
+    """A command to the model that administers adapters. Arguments that are None are left out; so is an empty token."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    body = {"action": action, **given, **({"token": token} if token else {})}
+    tensors: dict[str, str | bool] = {"request": _to_json("request", body)}
+    _require_utf8("request", tensors["request"])
+    return Request(model, tensors, given.get("name") or given.get("target"), output="result")
+
+
+def parse_result(text: str) -> dict[str, Any]:
+    """What a command answered. Raises ServerError if it is no JSON object."""
+    try:
+        result = json.loads(text)
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        raise ServerError(f"a command's result that is not a JSON object: {text[:200]}")
+    return result
+
+
+def parse_chunk(outputs: Mapping[str, Sequence[Any]], final: bool, output: str = "text_output") -> Chunk:
     """A Chunk from output tensors by name; tensors that were not asked for may be missing.
 
     Raises ServerError if there is no text or a value is not what its name promises.
     """
-    texts = outputs.get("text_output")
+    texts = outputs.get(output)
     if not texts:
-        raise ServerError(f"a response without text_output, only {sorted(outputs)}")
+        raise ServerError(f"a response without {output}, only {sorted(outputs)}")
 
     def column(name: str, default: Any) -> Sequence[Any]:
         values = outputs.get(name) or [default] * len(texts)

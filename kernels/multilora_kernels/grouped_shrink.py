@@ -41,7 +41,7 @@ def _shrink_kernel(
     # Programs of one tile are neighbours in axis 0, so that all but the first find x in L2.
     tile = tiles + TILE_FIELDS * tl.program_id(1)
     first_row, end_row, rank_start, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    h_stride = tl.load(tile + 5)
+    h_start, h_stride = tl.load(tile + 4), tl.load(tile + 5)
     padded = (rank + RANK_PAGE - 1) // RANK_PAGE * RANK_PAGE
     first_c = tl.program_id(0) * BLOCK_C
     if first_c < slices * padded:
@@ -60,7 +60,7 @@ def _shrink_kernel(
             x_tile = tl.load(x_rows + kk[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
             a_tile = tl.load(a_rows + kk[:, None], mask=c_ok[None, :] & k_ok[:, None], other=0.0)
             acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
-        column = c // padded * h_stride + c % padded
+        column = h_start * slices + c // padded * h_stride + c % padded
         h_at = h + token[:, None] * stride_h + column[None, :]
         tl.store(h_at, acc.to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
@@ -117,7 +117,7 @@ def _fake(
     return x.new_empty(x.shape[0], slices * ranks)
 
 
-def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments) -> Tensor:
+def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks: int = 0) -> Tensor:
     """The kernel on CUDA (and under Triton's interpreter), else the reference. Deterministic.
 
     Args:
@@ -125,11 +125,12 @@ def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments) -> Ten
         a: [R * slices, K] the rank pool of this linear, same dtype, rows may be strided. An adapter of rank r has rows
             rank_start * slices on, padded_rank(r) for each slice, where rows from r on are zero.
         slices: how many linears are fused in this one.
-        segments: the step's plan, made without h_start, on x's device.
+        segments: the step's plan, on x's device.
+        ranks: columns of a slice in h if the plan was made with h_start: all offsets and ranks must fit. 0 without it.
 
     Returns:
-        h [T, slices * segments.plan.h_ranks] by token, x's dtype. A token's adapter fills the first padded_rank(r)
-        columns of each slice; all else, and all of the tokens without adapter, is not written.
+        h [T, slices * (ranks or segments.plan.h_ranks)] by token, x's dtype. A token's adapter fills padded_rank(r)
+        columns of each slice, where the plan says; all else, and all of the tokens without adapter, is not written.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit.
@@ -143,17 +144,19 @@ def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments) -> Ten
     if a_rows % slices:
         raise ValueError(f"grouped_shrink: a has {a_rows} rows, which {slices} slices do not divide")
     if not use_kernel(x):
-        return grouped_shrink_reference(x, a, slices, segments)
+        return grouped_shrink_reference(x, a, slices, segments, ranks)
     launch = OP if is_compiling() else _launch
-    return launch(x, a, slices, segments.order, segments.tiles, plan.block_m, plan.rank_block, plan.h_ranks)
+    return launch(x, a, slices, segments.order, segments.tiles, plan.block_m, plan.rank_block, ranks or plan.h_ranks)
 
 
-def grouped_shrink_reference(x: Tensor, a: Tensor, slices: int, segments: Segments) -> Tensor:
+def grouped_shrink_reference(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks: int = 0) -> Tensor:
     """What grouped_shrink computes, in torch: one matmul per adapter. Any device."""
-    h = x.new_empty(x.shape[0], slices, segments.plan.h_ranks)
-    for first, end, rank_start, rank, *_ in segments.plan.groups.tolist():
+    h = x.new_empty(x.shape[0], slices * (ranks or segments.plan.h_ranks))
+    for first, end, rank_start, rank, h_start, h_stride, *_ in segments.plan.groups.tolist():
         padded = padded_rank(rank)
         tokens = segments.order[first:end]
         block = a[rank_start * slices : (rank_start + padded) * slices]
-        h[tokens, :, :padded] = (x[tokens] @ block.T).unflatten(1, (slices, padded))
-    return h.flatten(1)
+        for i, own in enumerate((x[tokens] @ block.T).split(padded, dim=1)):
+            column = h_start * slices + i * h_stride
+            h[tokens, column : column + padded] = own
+    return h

@@ -24,9 +24,10 @@ from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
 
 # Without LoRA a program takes this many values of one token, whole heads of q, k or v: at 2 warps two 16-byte loads of
 # 16 bits a thread. 256 to 2,048 values and 1 to 4 warps are within noise: 3.5 us for 256 tokens of Llama-3.1-8B and
-# 15.6 for 2,048 (H200, cold L2, 2026-11-24), 2.5 for 256 in a model.
+# 15.5 for 2,048 (H200, cold L2, 2026-11-27), 2.5 for 256 in a model.
 VALUES_PER_PROGRAM, NUM_WARPS = 1024, 2
-# With LoRA it takes a tile's rows of one head. Not measured in its present form.
+# With LoRA it takes a tile's rows of one head: 5.4 us for 256 tokens of 16 adapters, 24.8 for 2,048 of 4. 2 and 8 warps
+# are no better (same card and day).
 NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 4, 8
 # As in grouped_expand: h is masked in registers, which a pipelined wgmma does not survive on sm_90.
 NUM_STAGES = 1

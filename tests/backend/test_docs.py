@@ -13,14 +13,16 @@ import multilora_kernels
 from multilora_backend.adapters.border import TIERS
 from multilora_backend.cli import config_reference
 from multilora_backend.frontend.sampling import SCALARS
+from multilora_backend.frontend.series import SERIES, reference
 from multilora_backend.models.flashinfer_attention import HEAD_DIMS
 from multilora_backend.models.loader import STATIC_ROPE, SUPPORTED
-from multilora_backend.models.lora import STRATEGIES
+from multilora_backend.models.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "docs/architecture.md", "docs/performance.md"]
+DOCUMENTS = ["README.md", "docs/architecture.md", "docs/metrics.md", "docs/performance.md"]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+METRICS = (ROOT / "docs/metrics.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 KERNELS = [name.removesuffix("_reference") for name in multilora_kernels.__all__ if name.endswith("_reference")]
 
@@ -29,6 +31,18 @@ def test_the_configuration_table_is_the_code():
     between = re.search(r"<!-- config: `multilora config` -->\n(.*)\n<!-- /config -->", README, re.DOTALL)
     assert between, "the markers are gone"
     assert between[1].strip() == config_reference().strip(), "paste the output of `multilora config`"
+
+
+def test_the_table_of_metrics_is_the_code():
+    between = re.search(r"<!-- metrics: `multilora metrics` -->\n(.*)\n<!-- /metrics -->", METRICS, re.DOTALL)
+    assert between, "the markers are gone"
+    assert between[1].strip() == reference().strip(), "paste the output of `multilora metrics`"
+
+
+def test_every_series_that_is_named_exists():
+    for document in (METRICS, README, ARCHITECTURE):
+        named = set(re.findall(r"`((?:vllm|multilora):[a-z0-9_]+)", document))
+        assert named <= set(SERIES)
 
 
 @pytest.mark.parametrize("name", [*SCALARS, "stop", "stop_token_ids", "logit_bias", "request_priority", "tenant"])

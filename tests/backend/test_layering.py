@@ -28,10 +28,11 @@ ALLOWED = {  # package -> our packages that it may import
     "scheduling": {*BASE, "adapters"},
     "models": {*BASE, "adapters", "scheduling", "multilora_kernels"},
     "engine": {*BASE, "adapters", "scheduling", "models", "processes", "multilora_kernels"},
+    "planning": {"core", "errors", "config", "adapters", "models", "engine"},
     "tritonserver": {"errors"},
     "launch_arguments": {"errors", "config"},
     "launcher": {"errors", "config", "tritonserver", "launch_arguments"},
-    "cli": {"errors", "config", "launcher"},
+    "cli": {"errors", "config", "launcher", "frontend", "planning"},
     "multilora_kernels": set(),
     "multilora_client": set(),
 }

@@ -33,9 +33,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., T
     started: list[TritonServer] = []
 
     def launch(**kwargs) -> TritonServer:
-        log = tmp_path_factory.mktemp("server") / "log.txt"
+        place = tmp_path_factory.mktemp("server")
+        log = place / "log.txt"
         options = {"model": MODEL, "adapters": ADAPTERS, "log": log, "drain_s": 1, **kwargs}
-        options["settings"] = {"num_threads": 1, **options.get("settings", {})}
+        # Not where it is by default, which is among the adapters of the examples.
+        defaults = {"num_threads": 1, "adapter_state_file": place / "state.json"}
+        options["settings"] = {**defaults, **options.get("settings", {})}
         started.append(TritonServer(**options))
         started[-1].wait_ready(START_S)
         return started[-1]

@@ -182,7 +182,7 @@ def test_metrics_count_what_happened(server, metrics):
         assert m.value(f"vllm:{name}_count") > 0
     assert m.value("multilora:adapters", state="active") == len(ADAPTERS)
     assert m.value("multilora:adapter_loads_total") >= len(ADAPTERS)
-    assert m.value("multilora:adapter_load_seconds_count") >= len(ADAPTERS)
+    assert m.value("vllm:lora_adapter_load_seconds_count") >= len(ADAPTERS)
     assert m.value("multilora:adapters_per_step_count") > 0
     assert m.value("vllm:request_success_total") > 0
     assert "vllm:lora_requests_info" in m.text()

@@ -121,7 +121,7 @@ def test_kill_9_of_the_server_leaves_no_engine(launch):
 def test_kill_9_of_the_stub_leaves_no_engine_that_nobody_can_reach(launch):
     server = launch()
     assert ask(server) == "HELLO"
-    [stub] = [pid for pid, command in commands(server).items() if "triton_python_backend_stub" in command]
+    [stub] = [pid for pid, command in commands(server).items() if "/multilora/1/model.py" in command]
     engine = engine_pid(server)
     os.kill(stub, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{engine}").exists(), 30, "the engine stayed")
@@ -138,7 +138,7 @@ def test_stop_leaves_nothing(launch):
 
 def test_two_front_ends_share_one_engine(launch, metrics):
     server = launch(instances=2)
-    stubs = [c for c in commands(server).values() if "triton_python_backend_stub" in c]
+    stubs = [c for c in commands(server).values() if "/multilora/1/model.py" in c]
     assert len(stubs) == 2
     words = held_out_words(40, seed=9)
     names = list(TASKS)[1:]

@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 CURL = [block for kind, block in BLOCKS if "curl" in block and not kind]
 PYTHON = [block for kind, block in BLOCKS if kind == "python"]
-CLIENT = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("multilora-client ")]
+COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith("multilora-client ")]
+OPERATOR = [line for line in COMMANDS if line.startswith("multilora-client adapters ")]
+CLIENT = [line for line in COMMANDS if line not in OPERATOR]
 
 
 def here(text: str, server) -> str:
@@ -33,12 +35,13 @@ def run(command: list[str], **kwargs) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server):
-    command, printed = CURL[0].split("\n{", 1)
-    assert json.loads(run(["bash", "-c", here(command, server)])) == json.loads("{" + printed)
+    for block in (CURL[0], CURL[2]):
+        command, printed = block.split("\n{", 1)
+        assert json.loads(run(["bash", "-c", here(command, server)])) == json.loads("{" + printed)
     events = run(["bash", "-c", here(CURL[1], server)])
     texts = [json.loads(line[6:])["text_output"] for line in events.splitlines() if line.startswith("data: ")]
     assert "".join(texts) == "HELLO"
-    assert len(CURL) == 2
+    assert len(CURL) == 3
 
 
 @pytest.mark.parametrize(("number", "printed"), [(0, "olleh"), (1, "uryyb\nhheelllloo")])
@@ -52,6 +55,18 @@ def test_client_command(server, line: str):
     command = [sys.executable, "-m", "multilora_client.cli", *line.split()[1:], "--url", server.grpc]
     out = run(command)
     assert ("HELLO" in out) == ("upper" in line)
+
+
+def test_operators_commands(server):
+    """In their order: some need what others have done."""
+    out = {}
+    for line in OPERATOR:
+        command = [sys.executable, "-m", "multilora_client.cli", *line.split()[1:], "--url", server.grpc]
+        out[line.split()[2]] = run(command)
+    assert all(name in out["list"] for name in ("upper", "sort"))
+    assert '"upper"' in out["show"]
+    assert "pinned" in out["pin"]
+    assert "pinned" not in out["unpin"]
 
 
 @pytest.mark.parametrize("name", ["client_sync.py", "client_async.py"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import grouped_shrink, grouped_shrink_reference, plan_segments
+from multilora_kernels import grouped_shrink, grouped_shrink_reference, padded_rank, plan_segments
 from multilora_kernels.grouped_shrink import block_c_for
 
 
@@ -66,6 +66,27 @@ def test_reference(batch, make_case, reference_target):
     case = make_case(rows, reference_target, ranks=ranks, k=131)
     segments = case.segments(16)
     check_against_fp64(grouped_shrink_reference(case.x, case.a, case.slices, segments), case, segments)
+
+
+def check_in_a_border(op, batch, target, make_case) -> None:
+    """Each adapter's ranks lie where the plan says."""
+    rows, ranks = batch
+    case = make_case(rows, target, ranks=ranks, k=70, bordered=True)
+    segments, width = case.segments(16), sum(padded_rank(rank) + 8 for rank in ranks)
+    h = op(case.x, case.a, case.slices, segments, width)
+    assert h.shape == (len(rows), case.slices * width)
+    for token in case.with_adapter():
+        exact = case.a_of(int(rows[token])).double() @ case.x[token].double()
+        error = (case.h_of(h, token, segments.plan).double() - exact).abs().max()
+        assert error < 70**0.5 * 70 * torch.finfo(target.dtype).eps
+
+
+def test_kernel_in_a_border(batch, target, make_case):
+    check_in_a_border(grouped_shrink, batch, target, make_case)
+
+
+def test_reference_in_a_border(batch, make_case, reference_target):
+    check_in_a_border(grouped_shrink_reference, batch, reference_target, make_case)
 
 
 def test_a_program_takes_all_slices_of_a_rank_block_up_to_a_limit():

@@ -1,29 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter manager whose loader has no threads and whose clock only tests move.
-
-As a script: seconds to read and lay out a rank-16 adapter of Llama-3.1-8B, the file being in the page cache.
-"""
+"""An adapter manager whose loader has no threads and whose clock only tests move."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-import time
+import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.layout import AdapterWeights, allocate, numel
-from multilora_backend.adapters.loader import Job, Outcome
+from multilora_backend.adapters.loader import Job, Outcome, Purpose
 from multilora_backend.adapters.manager import AdapterManager
-from multilora_backend.adapters.peft import AdapterPlan, fingerprint, read_adapter
+from multilora_backend.adapters.peft import AdapterPlan
 from multilora_backend.adapters.pool import Transfer
 from multilora_backend.adapters.ranks import padded
-from multilora_backend.adapters.state import AdapterState
+from multilora_backend.adapters.sources import Source
+from multilora_backend.adapters.state import AdapterState, Fingerprint
 from multilora_backend.core import LoraSite
+from multilora_backend.errors import invalid
+
+
+def source_of(folder: str) -> Source:
+    return Source.of_folder(Path("/nowhere") / folder)
+
+
+def admit(text: str) -> Source:
+    """Any folder but those that begin with "secret"."""
+    if text.startswith("secret"):
+        raise invalid("source", f"{text!r} is not below any of adapter_roots")
+    return source_of(text)
+
 
 SITE = LoraSite("linear", in_features=3, modules=("linear",), out_features=(2,))
 BYTES_PER_RANK = 4 * (3 + 2)
@@ -36,34 +46,52 @@ class Clock:
         return self.now
 
 
-class MemoryLoader:
-    """Jobs end when a test says so. An adapter's content is its rank, or why it is broken or cannot be read."""
+Content = int | str | OSError
+"""A rank, or why an adapter is broken, or cannot be read."""
 
-    def __init__(self, content: dict[str, int | str | OSError], pin: bool = False) -> None:
+
+class MemoryLoader:
+    """Folders are names here, and jobs end when a test says so."""
+
+    def __init__(self, content: dict[str, Content], pin: bool = False) -> None:
         self.content = content
         self.pin = pin
         self.jobs: list[Job] = []
         self.outcomes: list[Outcome] = []
         self.read: list[str] = []
+        self._stamps: Counter[str] = Counter()
+
+    def change(self, folder: str, content: Content) -> None:
+        """Rewrites a folder, perhaps to what it was."""
+        self.content[folder] = content
+        self._stamps[folder] += 1
+
+    def fingerprint(self, folder: str) -> Fingerprint:
+        return ((self._stamps[folder], 0, 0),) if folder in self.content else (None,)
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
 
     def run(self, count: int = 10**6) -> None:
-        for job in self.jobs[:count]:
-            content, now = self.content[job.name], fingerprint(job.folder)
-            if isinstance(content, OSError):
-                self.outcomes.append(Outcome(job, None, reason=str(content)))
-            elif isinstance(content, str):
-                self.outcomes.append(Outcome(job, now, reason=content))
-            elif not job.weights:
-                self.outcomes.append(Outcome(job, now, plan=AdapterPlan((), content, numel(SITE, content))))
-            elif job.cached is not None and job.known == now:
-                self.outcomes.append(Outcome(job, now, weights=job.cached))
-            else:
-                self.read.append(job.name)
-                self.outcomes.append(Outcome(job, now, weights=weights_of(job.name, content, self.pin)))
-        del self.jobs[:count]
+        """The first jobs end."""
+        jobs, self.jobs = self.jobs[:count], self.jobs[count:]
+        self.outcomes += [self._run(job) for job in jobs]
+
+    def _run(self, job: Job) -> Outcome:
+        folder = job.source.path.name
+        content, now = self.content.get(folder, "does not exist"), self.fingerprint(folder)
+        if job.cached is not None and (job.frozen or job.known == now):
+            return Outcome(job, job.known, weights=job.cached)
+        if job.purpose is Purpose.LOOK:
+            return Outcome(job, now)
+        if isinstance(content, OSError):
+            return Outcome(job, None, reason=str(content))
+        if isinstance(content, str):
+            return Outcome(job, now, reason=content)
+        if not job.weights:
+            return Outcome(job, now, plan=AdapterPlan((), content, numel(SITE, content)))
+        self.read.append(folder)
+        return Outcome(job, now, weights=weights_of(folder, content, self.pin), seconds=0.01)
 
     def finished(self) -> list[Outcome]:
         outcomes, self.outcomes = self.outcomes, []
@@ -76,12 +104,17 @@ class MemoryLoader:
         pass
 
 
-def weights_of(name: str, rank: int, pin: bool = False) -> AdapterWeights:
+def version_of(folder: str, rank: int) -> str:
+    return hashlib.blake2b(f"{folder} {rank}".encode(), digest_size=16).hexdigest()
+
+
+def weights_of(folder: str, rank: int, pin: bool = False) -> AdapterWeights:
+    """What says whose it is: another value for every folder and rank."""
     buffers, (site,) = allocate([SITE], {0}, rank, torch.float32, pin)
     for tensor in (site.a, site.b):
         tensor.zero_()
-        tensor[:rank] = float(sum(name.encode()))
-    return AdapterWeights(f"{name}-r{rank}", rank, (site,), buffers, no_effect=False)
+        tensor[:rank] = float(sum(folder.encode()) * 64 + rank)
+    return AdapterWeights(version_of(folder, rank), rank, (site,), buffers, no_effect=False)
 
 
 class HeldEvent:
@@ -105,31 +138,45 @@ class HeldEvent:
 class Bench:
     def __init__(
         self,
-        content: dict[str, int | str | OSError],
+        content: dict[str, Content],
         ranks: int = 24,
-        root: Path = Path("/nowhere"),
         hold: bool = False,
         device: str = "cpu",
+        more_folders: dict[str, Content] | None = None,
         **more,
     ) -> None:
-        """`hold`: what is written to the pool is garbage until `arrive`."""
+        """`content`: by name, each in a folder of that name. `hold`: what is written to the pool is garbage until
+        `arrive`. `more_folders`: that are not among the configured adapters."""
         self.clock = Clock()
-        self.loader = MemoryLoader(content, pin=device == "cuda")
+        self.loader = MemoryLoader({**content, **(more_folders or {})}, pin=device == "cuda")
+        self.names = list(content)
         settings = {"host_bytes": 10**6, "load_threads": 8, **more}
         self.manager = AdapterManager(
-            Catalogue((name, root / name) for name in content),
+            Catalogue(self.entry(name) for name in content),
             [SITE],
             device_bytes=ranks * BYTES_PER_RANK,
             dtype=torch.float32,
             device=device,
             clock=self.clock,
             loader=self.loader,
+            admit=admit,
             **settings,
         )
         self.held: list[HeldEvent] = []
         if hold:
             self.pool_write = self.manager.pool.write
             self.manager.pool.write = self.write_later
+
+    def entry(self, name: str, folder: str = "", **fields) -> AdapterEntry:
+        """As the watcher would see it now."""
+        folder = folder or name
+        return AdapterEntry(name, source_of(folder), fingerprint=self.loader.fingerprint(folder), **fields)
+
+    def reconcile(self, **entries: AdapterEntry | None) -> dict[str, str]:
+        """The configured adapters as they are now, with these instead; None for one that has gone."""
+        wanted = {name: self.entry(name) for name in self.names} | entries
+        self.names = [name for name, entry in wanted.items() if entry is not None]
+        return self.manager.reconcile(entry for entry in wanted.values() if entry is not None)
 
     def write_later(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
         self.pool_write(weights, slot, rank_start, extras_start)
@@ -144,52 +191,27 @@ class Bench:
         del self.held[:count]
 
     def land(self) -> list[str]:
+        """All reads end; returns what failed."""
         self.loader.run()
-        return self.manager.poll()
+        return self.manager.poll().failed
 
     def activate(self, *names: str) -> None:
         for name in names:
             self.clock.now += 1
             self.manager.request(name)
             self.land()
+            self.manager.poll()  # what was copied at once arrives now
             if self.manager.transferring and not self.held:  # on a real device
                 torch.cuda.synchronize()
                 self.manager.poll()
             assert self.state(name) is AdapterState.ACTIVE
 
+    def settle(self, turns: int = 4) -> None:
+        """Until nothing is under way."""
+        for _ in range(turns):
+            self.loader.run()
+            self.arrive()
+            self.manager.poll()
+
     def state(self, name: str) -> AdapterState:
         return self.manager.records[name].state
-
-
-def measure(folder: Path, rank: int = 16, runs: int = 7) -> list[float]:
-    hidden, kv, middle, dtype = 4096, 1024, 14336, torch.bfloat16
-    sites = []
-    for layer in range(32):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        qkv = tuple(f"{attention}.{x}_proj" for x in "qkv")
-        sites += [
-            LoraSite(f"{attention}.qkv_proj", hidden, qkv, (hidden, kv, kv)),
-            LoraSite(f"{attention}.o_proj", hidden, (f"{attention}.o_proj",), (hidden,)),
-            LoraSite(f"{mlp}.gate_up_proj", hidden, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (middle, middle)),
-            LoraSite(f"{mlp}.down_proj", middle, (f"{mlp}.down_proj",), (hidden,)),
-        ]
-    tensors = {}
-    for site in sites:
-        for module, width in zip(site.modules, site.out_features, strict=True):
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, site.in_features).to(dtype)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(width, rank).to(dtype)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": "all-linear"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    seconds = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        read_adapter(folder, sites, dtype, pin=torch.cuda.is_available())
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        print("read and layout, s:", *(f"{s:.3f}" for s in measure(Path(folder))))

@@ -26,6 +26,8 @@ from multilora_backend.engine.watch import FrontendWatch
 from multilora_backend.errors import ErrorCode
 from multilora_backend.protocol import (
     Abort,
+    AdapterCommand,
+    AdapterReply,
     Bye,
     Failed,
     Hello,
@@ -94,8 +96,9 @@ class FakeEngine:
         print(type(message).__name__, json.dumps(msgspec.to_builtins(message)), file=self.heard, flush=True)
         if isinstance(message, Hello):
             self.names[message.name] = identity
-            self.watch.add(message.name, message.pid, message.server_pid)
-            self.watch.remove("launcher")
+            self.watch.add(message.name, message.pid, message.server_pid, message.serves)
+            if message.serves:
+                self.watch.remove("launcher")
             self.send(identity, Ready(os.getpid(), self.card))
         elif isinstance(message, Submit):
             if message.adapter == "crash":
@@ -110,11 +113,24 @@ class FakeEngine:
             for key in list(self.streams):
                 if key[:2] == (identity, message.request_id) and message.index in (-1, key[2]):
                     del self.streams[key]
+        elif isinstance(message, AdapterCommand):
+            self.command(identity, message)
         elif isinstance(message, Bye):
             name = next(name for name, known in self.names.items() if known == identity)
             del self.names[name]
             return self.watch.remove(name) or self.behaviour.get("stay", False)
         return True
+
+    def command(self, identity: bytes, message: AdapterCommand) -> None:
+        """`name` is an order, as for requests; all else is repeated."""
+        name = message.arguments.name
+        if name == "crash":
+            os._exit(9)
+        elif name == "missing":
+            self.send(identity, Failed(message.request_id, ErrorCode.INVALID_ARG, "LoRA missing is not supported"))
+        elif name != "stuck":
+            told = {"action": message.action, "token": message.token, **msgspec.to_builtins(message.arguments)}
+            self.send(identity, AdapterReply(message.request_id, told))
 
     def step(self) -> None:
         outputs: dict[bytes, list[Output]] = {}

@@ -72,6 +72,11 @@ def size_of(specs: Iterable[ExtraSpec]) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
+def extras_host_bytes(specs: Sequence[ExtraSpec], pin: bool) -> int:
+    """What `allocate_extras` would allocate, if there are any."""
+    return layout.allocated(size_of(specs), pin) if specs else 0
+
+
 def allocate_extras(specs: Sequence[ExtraSpec], pin: bool = False) -> Extras:
     """Memory, not initialised. Raises ValueError if a key occurs twice."""
     buffer = layout.allocate_buffer([size_of(specs) // torch.float32.itemsize], torch.float32, pin)

@@ -71,6 +71,21 @@ class ExtrasPool:
         column = column.pin_memory() if self._arena.is_cuda else column
         self._table[:, slot].copy_(column, non_blocking=True)
 
+    def move(self, slot: int, begin: int, start: int, size: int) -> None:
+        """Copies an adapter's `size` bytes from byte `begin` to byte `start`; see `DevicePool.move`."""
+        # Pieces no longer than the way, beginning at the end that leads: none is overwritten before it was copied.
+        piece = min(size, abs(start - begin))
+        offsets = range(0, size, piece) if piece else range(0)
+        for offset in offsets if start < begin else reversed(offsets):
+            count = min(piece, size - offset)
+            target = self._arena[start + offset : start + offset + count]
+            target.copy_(self._arena[begin + offset : begin + offset + count])
+        shift = (start - begin) // ALIGNMENT
+        own = self.where[:, slot] != NOTHING
+        self.where[own, slot] += shift
+        column = self._table[:, slot]
+        column.add_((column != NOTHING) * shift)
+
     def clear(self, slot: int) -> None:
         """The slot has no adapter any more. Nothing reads its column until it has another one."""
         self.where[:, slot] = NOTHING

@@ -73,25 +73,41 @@ class AdapterWeights:
         return 0 if self.extras is None else self.extras.size
 
 
+def rank_numel(site: LoraSite) -> int:
+    """Elements of one rank in one site."""
+    return len(site.modules) * site.in_features + site.width
+
+
 def numel(site: LoraSite, rank: int) -> int:
     """Elements that an adapter takes in one site."""
-    return padded(rank) * (len(site.modules) * site.in_features + site.width)
+    return padded(rank) * rank_numel(site)
+
+
+def host_bytes(sites: Sequence[LoraSite], touched: Collection[int], rank: int, dtype: torch.dtype, pin: bool) -> int:
+    """What `allocate` would allocate."""
+    sizes = [size for _, _, size in _shapes(sites, touched, rank)]
+    return sum(allocated(sum(group) * dtype.itemsize, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
 
 
 def allocate(
     sites: Sequence[LoraSite], touched: Collection[int], rank: int, dtype: torch.dtype, pin: bool = False
 ) -> tuple[tuple[Buffer, ...], tuple[SiteWeights | None, ...]]:
     """Memory, not initialised, for an adapter with LoRA on the sites whose indices are in `touched`."""
-    rows = padded(rank)
-    shapes = []
+    shapes = _shapes(sites, touched, rank)
+    sizes = [size for _, _, size in shapes]
+    buffers = tuple(allocate_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
+    parts = (part for buffer in buffers for part in buffer.data.split(buffer.sizes))
+    views = iter([part.view(height, width) for part, (height, width, _) in zip(parts, shapes, strict=True)])
+    return buffers, tuple(SiteWeights(next(views), next(views)) if i in touched else None for i in range(len(sites)))
+
+
+def _shapes(sites: Sequence[LoraSite], touched: Collection[int], rank: int) -> list[tuple[int, int, int]]:
+    """(height, width, elements) of a, then of b, of each touched site."""
+    rows, shapes = padded(rank), []
     for index, site in enumerate(sites):
         if index in touched:
             shapes += [(rows * len(site.modules), site.in_features), (rows, site.width)]
-    sizes = [height * width for height, width in shapes]
-    buffers = tuple(allocate_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
-    parts = (part for buffer in buffers for part in buffer.data.split(buffer.sizes))
-    views = iter([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
-    return buffers, tuple(SiteWeights(next(views), next(views)) if i in touched else None for i in range(len(sites)))
+    return [(height, width, height * width) for height, width in shapes]
 
 
 def _group(sizes: list[int], limit: int) -> list[list[int]]:
@@ -110,4 +126,9 @@ def _group(sizes: list[int], limit: int) -> list[list[int]]:
 def allocate_buffer(sizes: list[int], dtype: torch.dtype, pin: bool) -> Buffer:
     """One piece of memory for tensors of so many elements."""
     data = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
-    return Buffer(data, tuple(sizes), 1 << (data.nbytes - 1).bit_length() if pin else data.nbytes)
+    return Buffer(data, tuple(sizes), allocated(data.nbytes, pin))
+
+
+def allocated(nbytes: int, pin: bool) -> int:
+    """torch's pinned allocator rounds up to a power of two."""
+    return 1 << (nbytes - 1).bit_length() if pin else nbytes

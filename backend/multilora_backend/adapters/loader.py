@@ -7,37 +7,63 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.layout import AdapterWeights
-from multilora_backend.adapters.peft import AdapterPlan, fingerprint
+from multilora_backend.adapters.peft import AdapterPlan, check_adapter, fingerprint, read_adapter
+from multilora_backend.adapters.sources import Source
 from multilora_backend.adapters.state import Fingerprint
+from multilora_backend.core import LoraSite
 from multilora_backend.errors import MultiloraError
 
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-_STOP, _LOAD, _CHECK = range(3)
-"""Priorities: loads that somebody waits for overtake the checks of server start."""
 
 
-@dataclass(frozen=True)
+class Purpose(IntEnum):
+    """What a job is for, the most urgent first: it overtakes what has not begun."""
+
+    STOP = 0
+    DEVICE = 1
+    """Somebody waits for the weights."""
+    HOST = 2
+    """The weights will be wanted."""
+    CHECK = 3
+    """Config and header only."""
+    LOOK = 4
+    """Only whether a refused source has changed since."""
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
-    name: str
-    folder: Path
-    weights: bool
-    """Read the weights; otherwise only check what can be checked without."""
+    key: str
+    """Of the revision, for logs: whose job it is, is told by the job itself."""
+    source: Source
+    purpose: Purpose
     known: Fingerprint | None = None
+    """Of the source's folder when it was last read or refused."""
     cached: AdapterWeights | None = None
-    """What the folder held when its fingerprint was `known`."""
+    """What the source held when its fingerprint was `known`."""
+    frozen: bool = False
+    """`cached` is what is wanted, whatever the source holds by now."""
+
+    @property
+    def weights(self) -> bool:
+        return self.purpose in (Purpose.DEVICE, Purpose.HOST)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exactly one of `weights`, `plan` and `reason` is set: loaded, checked, or failed."""
+    """At most one of `weights`, `plan` and `reason` is set: loaded, checked, or failed; none for a look."""
 
     job: Job
     fingerprint: Fingerprint | None
@@ -45,6 +71,8 @@ class Outcome:
     weights: AdapterWeights | None = None
     plan: AdapterPlan | None = None
     reason: str = ""
+    seconds: float = 0.0
+    """How long reading took; 0 if nothing was read."""
 
 
 class Loader(Protocol):
@@ -63,27 +91,43 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
+def _folder(source: Source) -> Path:
+    return source.path
+
+
+_Jobs = queue.PriorityQueue[tuple[int, int, Job | None]]
+
+
 class ThreadLoader:
-    """A few daemon threads over one priority queue."""
+    """A few daemon threads over a priority queue, and as many over one for what may have to be downloaded first: a slow
+    network keeps nobody waiting who needs none."""
 
     def __init__(
         self,
-        read: Callable[[Path], AdapterWeights],
-        check: Callable[[Path], AdapterPlan],
+        read: Callable[[Path, Source], AdapterWeights],
+        check: Callable[[Path, Source], AdapterPlan],
         threads: int,
         on_change: Callable[[], None],
+        locate: Callable[[Source], Path] = _folder,
     ) -> None:
-        """`on_change` is called from a worker thread after each outcome."""
+        """`locate` gives the folder of a source and may download it; it raises as `read` and `check` do.
+
+        `on_change` is called from a worker thread after each outcome.
+        """
+        self._locate = locate
         self._read = read
         self._check = check
         self._on_change = on_change
-        self._jobs: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
+        self._local: _Jobs = queue.PriorityQueue()
+        self._remote: _Jobs = queue.PriorityQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._order = itertools.count()
         self._unfinished = 0
         self._idle = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, args=(jobs,), name=f"adapter-{name}-{i}", daemon=True)
+            for jobs, name in ((self._local, "loader"), (self._remote, "download"))
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -91,7 +135,8 @@ class ThreadLoader:
     def submit(self, job: Job) -> None:
         with self._idle:
             self._unfinished += 1
-        self._jobs.put((_LOAD if job.weights else _CHECK, next(self._order), job))
+        jobs = self._local if job.source.is_local else self._remote
+        jobs.put((job.purpose, next(self._order), job))
 
     def finished(self) -> list[Outcome]:
         return [self._outcomes.get_nowait() for _ in range(self._outcomes.qsize())]
@@ -102,14 +147,15 @@ class ThreadLoader:
 
     def close(self) -> None:
         """Drops what has not begun and waits a little for what has."""
-        for _ in self._threads:
-            self._jobs.put((_STOP, next(self._order), None))
+        for jobs in (self._local, self._remote):
+            for _ in self._threads:
+                jobs.put((Purpose.STOP, next(self._order), None))
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
 
-    def _work(self) -> None:
+    def _work(self, jobs: _Jobs) -> None:
         while True:
-            _, _, job = self._jobs.get()
+            _, _, job = jobs.get()
             if job is None:
                 return
             self._outcomes.put(self._run(job))
@@ -119,17 +165,48 @@ class ThreadLoader:
             self._on_change()
 
     def _run(self, job: Job) -> Outcome:
-        now = fingerprint(job.folder)
+        if job.cached is not None and (job.frozen or not job.source.is_local):
+            # Whether something else lies behind a URL is asked when it must be read again, not at every load.
+            return Outcome(job, job.known, weights=job.cached)
+        begin = time.monotonic()
+        now = fingerprint(job.source.path) if job.source.is_local else None
         try:
+            folder = self._locate(job.source)
+            if not job.source.is_local:
+                now = fingerprint(folder)
+            if job.purpose is Purpose.LOOK:
+                return Outcome(job, now)
             if not job.weights:
-                return Outcome(job, now, plan=self._check(job.folder))
-            cached = job.cached if now == job.known else None
-            return Outcome(job, now, weights=cached or self._read(job.folder))
+                return Outcome(job, now, plan=self._check(folder, job.source))
+            if job.cached is not None and now == job.known:
+                return Outcome(job, now, weights=job.cached)
+            weights = self._read(folder, job.source)
+            return Outcome(job, now, weights=weights, seconds=time.monotonic() - begin)
         except MultiloraError as error:
             return Outcome(job, now, reason=error.message)
         except (OSError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it gets no memory
-            log.warning("adapter %s: %s", job.name, error)
+            log.warning("adapter %s: %s", job.key, error)
             return Outcome(job, None, reason=f"cannot be read: {getattr(error, 'strerror', None) or error}")
         except Exception as error:  # whatever a file does to its parser, it ends this adapter and not the thread
-            log.exception("adapter %s", job.name)
+            log.exception("adapter %s", job.key)
             return Outcome(job, None, reason=f"{type(error).__name__}: {error}")
+
+
+def peft_loader(
+    sites: Sequence[LoraSite],
+    dtype: torch.dtype,
+    pin: bool,
+    threads: int,
+    on_change: Callable[[], None],
+    locate: Callable[[Source], Path] = _folder,
+    base: BaseModel | None = None,
+) -> ThreadLoader:
+    """Threads that read PEFT's folders for a model's sites, in pinned memory if `pin`."""
+
+    def read(folder: Path, source: Source) -> AdapterWeights:
+        return read_adapter(folder, sites, dtype, pin, source.inside, source.sha256, base)
+
+    def check(folder: Path, source: Source) -> AdapterPlan:
+        return check_adapter(folder, sites, source.inside, base)
+
+    return ThreadLoader(read, check, threads, on_change, locate)

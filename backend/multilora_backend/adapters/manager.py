@@ -1,44 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters are on the device: loading off the step loop, leases, eviction, and the reasons for failures.
+"""Everything about adapters that the engine, the scheduler and operators ask for. See docs/adapters.md.
 
-Everything here runs on the engine's thread and returns at once; only `Loader` has threads. Device memory is
-reserved when an adapter is requested, not when its weights have been read: whoever is requested first gets the
-room, and a reservation cannot be taken by a later request while its owner's weights are on their way. That goes
-for the way from the disk and for the way to the device: an adapter is LOADING until its last byte is there.
+All of it runs on the engine's thread and returns at once; only the loader and the state file have threads. Engine and
+scheduler speak of keys, which stand for one revision each (`core.adapter_name`); clients and operators of names.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.commands import Admit, Commands
 from multilora_backend.adapters.extras import affine_keys
 from multilora_backend.adapters.host import HostCache
-from multilora_backend.adapters.loader import Job, Loader, Outcome, ThreadLoader
-from multilora_backend.adapters.peft import check_adapter, fingerprint, read_adapter
-from multilora_backend.adapters.pool import MAX_RANKS, DevicePool, Transfer
-from multilora_backend.adapters.ranks import Place, padded
-from multilora_backend.adapters.room import Room
+from multilora_backend.adapters.lifecycle import Lifecycle
+from multilora_backend.adapters.loader import Loader, Purpose, peft_loader
+from multilora_backend.adapters.pool import MAX_RANKS, DevicePool
+from multilora_backend.adapters.ranks import padded
+from multilora_backend.adapters.readings import Readings
+from multilora_backend.adapters.remembered import Remembered
+from multilora_backend.adapters.revisions import Polled
+from multilora_backend.adapters.room import grains
+from multilora_backend.adapters.sources import Source
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
+from multilora_backend.adapters.statefile import StateFile
 from multilora_backend.core import LoraSite
-from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 log = logging.getLogger(__name__)
 
-RECHECK_S = 1.0
-"""A FAILED adapter's folder is looked at again this often at most: that is file system access on the step loop."""
+
+def _nothing_else(text: str) -> Source:
+    raise invalid("source", f"{text!r} is not below any of adapter_roots")
 
 
-class AdapterManager:
-    """Engine-thread API. See `AdapterState` for the states and `scheduling.scheduler.Adapters` for its caller."""
+class AdapterManager(Commands):
+    """Engine-thread API. See `AdapterState` for the states and `scheduling.interface.Adapters` for its caller."""
 
     def __init__(
         self,
@@ -56,254 +59,172 @@ class AdapterManager:
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
+        pool: DevicePool | None = None,
+        locate: Callable[[Source], Path] | None = None,
+        admit: Admit = _nothing_else,
+        watched: bool = False,
+        state: StateFile | None = None,
     ) -> None:
         """`catalogue` None: LoRA is off. `on_change` is called from loader threads when `poll` has news.
 
-        Without `base`, or `extras_bytes` of the device's memory, adapters with more than A and B are refused.
+        `pool` and `loader`: instead of those of `device_bytes` and threads. `locate` gives the folder of a source, in
+        a loader thread; `admit` reads a source that a command names. `watched`: `reconcile` tells of every change of
+        the configured adapters. `state`: where to remember what commands do. Without `base`, or `extras_bytes` of the
+        device's memory, adapters with more than A and B are refused.
         """
         enabled = catalogue is not None
-        self._catalogue = catalogue or Catalogue([])
-        sites, extras_bytes = (sites, extras_bytes) if enabled else ((), 0)
-        self._pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, affine_keys(sites), extras_bytes)
-        self.pool = self._pool if enabled else None
-        self.records = {name: AdapterRecord(name, self._catalogue.path(name)) for name in self._catalogue}
-        self._places = Room(self._pool.num_ranks, self._pool.extras.nbytes)
-        self._host = HostCache(host_bytes)
-        self._clock = clock
-        self._loader = loader or ThreadLoader(
-            partial(read_adapter, sites=sites, dtype=dtype, pin=self._pool.device.type == "cuda", base=base),
-            partial(check_adapter, sites=sites, base=base),
-            load_threads if enabled else 0,
-            on_change,
-        )
+        if pool is None:
+            sites, extras_bytes = (sites, extras_bytes) if enabled else ((), 0)
+            pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, affine_keys(sites), extras_bytes)
+        self.pool = pool if enabled else None
+        if loader is None:
+            cuda, threads = pool.device.type == "cuda", load_threads if enabled else 0
+            more = {} if locate is None else {"locate": locate}
+            loader = peft_loader(sites, dtype, cuda, threads, on_change, base=base, **more)
+        self._loader = loader
         # One waiting load a thread keeps the threads busy; more would only fix an order that may change.
-        self._max_loading = 2 * load_threads
-        self._loading: dict[str, frozenset[str]] = {}
-        """LOADING adapters whose weights are being read, and what their request may not evict."""
-        self._transfers: dict[str, tuple[Transfer, Lease]] = {}
-        """LOADING adapters whose weights are on their way to the device, and what can be leased then."""
-        self._leases: dict[str, Lease] = {}
-        """ACTIVE adapters."""
-        self._no_room_for: float = math.inf
-        """Ranks that were asked for in vain since the last poll or release: larger requests need not look again."""
-        self._no_room_for_extras: set[str] = set()
-        """Adapters with extras that asked in vain since then: it may be the arena that is full, not the ranks."""
-        self._by_state = Counter(dict.fromkeys(AdapterState, 0))
-        self._by_state[AdapterState.COLD] = len(self.records)
-        self._loads = self._failures = self._evictions = 0
-        self._load_seconds: list[float] = []
-        self._failed: list[str] = []
-        """Since the last poll."""
+        readings = Readings(loader, 2 * load_threads)
+        life = Lifecycle(pool, HostCache(host_bytes), readings, clock, watched)
+        super().__init__(life, Remembered(state, clock), admit, enabled)
+        self.records: Mapping[str, AdapterRecord] = life.books.records
+        """By key; every revision that is current, may become it, or is being given back."""
+        self.held = 0
+        """Holds of sequences: none when there are no sequences."""
+        self._restore_loaded()
+        for entry in catalogue.entries if catalogue is not None else ():
+            self._add_configured(entry)
+        self._restore_aliases()
 
     def check_all(self, wait_s: float = 0.0) -> None:
-        """Starts checks of all configs and headers, waiting at most `wait_s`; `poll` makes the broken ones FAILED."""
-        for record in self.records.values():
-            if record.state is AdapterState.COLD:
-                self._loader.submit(Job(record.name, record.path, weights=False))
+        """Starts checks of all configs and headers, waiting at most `wait_s`; `poll` makes the broken ones FAILED.
+
+        Those of this machine: others would have to be downloaded, wanted or not.
+        """
+        for record in list(self.records.values()):
+            cold = record.state is AdapterState.COLD and record.key not in self._life.readings
+            if cold and record.entry.source.is_local:
+                self._life.readings.submit(record, Purpose.CHECK)
         self._loader.wait_idle(wait_s)
 
-    def check(self, name: str) -> None:
-        """Raises MultiloraError if requests for this adapter cannot be served."""
-        record = self._record(name)
-        if record.state is not AdapterState.FAILED:
-            return
-        now = self._clock()
-        if now - record.looked_at >= RECHECK_S:
-            record.looked_at = now
-            if fingerprint(record.path) != record.fingerprint:
-                self._move(record, AdapterState.COLD)
-                return
-        raise MultiloraError(ErrorCode.INTERNAL, f"LoRA {name} could not be loaded: {record.reason}")
+    def resolve(self, asked: str, tenant: str = "") -> str:
+        """The key of what a client asks for by a name, an alias or `name@version`.
 
-    def request(self, name: str, protect: Collection[str] = ()) -> AdapterState:
+        Raises MultiloraError: unknown, not for this tenant, or FAILED, with the reason.
+        """
+        self._require_enabled()
+        name, version = self.registry.follow(asked)
+        entry = self.registry.get(name)
+        if entry is not None and not entry.admits(tenant):
+            who = f"tenant {tenant!r}" if tenant else "requests without a tenant"
+            raise MultiloraError(ErrorCode.INVALID_ARG, f"LoRA {asked} is not for {who}")
+        record = self._find(name, version)
+        if record.state is AdapterState.FAILED and not self._life.revive(record):
+            raise MultiloraError(ErrorCode.INTERNAL, self.reason(record.key))
+        return record.key
+
+    def reason(self, key: str) -> str:
+        """Why requests for a FAILED revision end."""
+        record = self._record(key)
+        return f"LoRA {record.entry.name} could not be loaded: {record.reason}"
+
+    def hold(self, key: str) -> None:
+        """A sequence has this revision from now on; each hold is ended by `drop`. Its bytes stay until then."""
+        record = self._record(key)
+        record.requests += 1
+        self.held += 1
+        self.revisions.arrivals[self._life.level(record)] += 1
+        self.revisions.hold(record)
+
+    def drop(self, key: str) -> None:
+        """A sequence has ended, or goes on with another revision. Raises RuntimeError if the hold is not held."""
+        self.revisions.drop(self._record(key))
+        self.held -= 1
+
+    def request(self, key: str, protect: Collection[str] = ()) -> AdapterState:
         """Asks for an adapter to become ACTIVE; call again while it is COLD: leases or other loads are in its way.
 
-        Room is made by evicting what was used least recently, has no leases, and is not in `protect`.
+        Room is made by moving adapters together and by evicting what was used least recently, has no leases, is not
+        pinned and not in `protect`.
         """
-        record = self._record(name)
-        if record.state is not AdapterState.COLD or len(self._loading) >= self._max_loading:
-            return record.state
-        # Before an adapter is looked at its rank is unknown: room is then found when it has been read.
-        if not record.rank or self._reserve(record, protect) is not None:
-            self._loading[name] = frozenset(protect)
-            self._move(record, AdapterState.LOADING)
-            cached = self._host.get(record.version)
-            self._loader.submit(Job(name, record.path, True, record.fingerprint, cached))
-        return record.state
+        return self._life.request(self._record(key), protect)
 
-    def waits_for_room(self, name: str) -> bool:
+    def prefetch(self, key: str) -> None:
+        """Brings an adapter to the host, if loads that somebody waits for leave a thread to do it."""
+        self._life.prefetch(self._record(key))
+
+    def load_cost_s(self, key: str) -> float:
+        """Estimated seconds until it would be ACTIVE, without waiting for room: 0 if it is, infinite if FAILED."""
+        return self._life.load_cost_s(self._record(key))
+
+    def waits_for_room(self, key: str) -> bool:
         """True if the last `request` was in vain because of leases, and not because other loads come first."""
-        record = self._record(name)
-        in_vain = padded(record.rank) >= self._no_room_for or name in self._no_room_for_extras
-        return record.state is AdapterState.COLD and record.rank > 0 and in_vain
+        return self._life.waits_for_room(self._record(key))
 
-    def lease(self, name: str) -> Lease | None:
+    def lease(self, key: str) -> Lease | None:
         """None unless ACTIVE. Give each lease back by `release`."""
-        lease = self._leases.get(name)
+        lease = self._life.residency.leases.get(key)
         if lease is not None:
-            record = self.records[name]
+            record = self.records[key]
             record.leases += 1
-            record.last_used = self._clock()
+            record.last_used = self._life.books.clock()
         return lease
 
     def release(self, lease: Lease) -> None:
         """Raises RuntimeError if the lease is not held."""
-        record = self.records[lease.name]
-        if self._leases.get(lease.name) != lease or record.leases < 1:
+        record = self.records.get(lease.name)
+        if record is None or self._life.residency.leases.get(lease.name) != lease or record.leases < 1:
             raise RuntimeError(f"adapter {lease.name}: a lease is given back that is not held")
         record.leases -= 1
-        record.last_used = self._clock()
-        self._forget_who_found_no_room()
+        record.last_used = self._life.books.clock()
+        self._life.residency.look_again()
+        self.revisions.settle(record)
 
     def resident(self) -> Collection[str]:
-        """Names of the ACTIVE adapters."""
-        return self._leases.keys()
+        """Keys of the ACTIVE adapters."""
+        return self._life.residency.leases.keys()
 
-    def in_host(self, name: str) -> bool:
-        """Whether the host cache has the weights that were last read."""
-        return self._record(name).version in self._host
+    def in_host(self, key: str) -> bool:
+        return self._record(key).version in self._life.host
+
+    def device_bytes(self, key: str) -> tuple[int, bool]:
+        """Bytes that it takes in the pool, or would, 0 while its rank is unknown; and whether it has them."""
+        residency, record = self._life.residency, self._record(key)
+        place = residency.place(key)
+        rank = record.rank if place is None else place.rank
+        return padded(rank) * residency.pool.bytes_per_rank + grains(record.extras_bytes), place is not None
+
+    def give_up(self, key: str) -> bool:
+        """Evicts an ACTIVE adapter; False if it is none, leased, pinned, or the last copy of what somebody holds."""
+        return self._life.residency.give_up(self._record(key))
+
+    def active_since(self, key: str) -> float:
+        """When an ACTIVE adapter became it, on the manager's clock."""
+        return self._record(key).since
 
     @property
     def transferring(self) -> bool:
         """Weights are on their way to the device. Nobody calls `on_change` when they arrive: `poll` every ms or so."""
-        return bool(self._transfers)
+        return self._life.residency.transferring
 
-    def poll(self) -> list[str]:
-        """Takes in what has been read and what has arrived; returns what FAILED, whose requests cannot be served."""
-        self._forget_who_found_no_room()
-        for outcome in self._loader.finished():
-            record = self.records[outcome.job.name]
-            if outcome.job.weights:
-                self._loaded(record, outcome)
-            elif record.state is AdapterState.COLD and not record.version:
-                self._checked(record, outcome)
-        for name in list(self._transfers):
-            self._arrived(self.records[name])
-        failed, self._failed = self._failed, []
-        return failed
+    def poll(self) -> Polled:
+        """Takes in what has been read and what has arrived; returns whose holders cannot go on as they are."""
+        polled = self.revisions.poll()
+        for record in polled.read:
+            self._remembered.read(record)
+        self._remembered.save(self.registry, self._alias_holds)
+        return polled
 
     def stats(self) -> AdapterStats:
-        seconds, self._load_seconds = self._load_seconds, []
-        by_state = {state.value: count for state, count in self._by_state.items()}
-        return AdapterStats(by_state, self._loads, self._failures, self._evictions, seconds)
+        return self._life.stats(self.revisions.arrivals)
 
     def close(self) -> None:
         self._loader.close()
+        self._remembered.save(self.registry, self._alias_holds, at_once=True)
+        self._remembered.close()
 
-    def _record(self, name: str) -> AdapterRecord:
-        if self.pool is None:
-            raise MultiloraError(ErrorCode.INVALID_ARG, "LoRA feature is not enabled.")
-        if name not in self.records:
-            raise self._catalogue.unknown(name)
-        return self.records[name]
-
-    def _checked(self, record: AdapterRecord, outcome: Outcome) -> None:
-        record.fingerprint = outcome.fingerprint
-        if outcome.plan is not None:
-            record.rank, record.extras_bytes = outcome.plan.rank, outcome.plan.extras_bytes
-        reason = outcome.reason or self._pool.too_large(record.rank, record.extras_bytes)
-        if reason:
-            self._fail(record, reason)
-
-    def _loaded(self, record: AdapterRecord, outcome: Outcome) -> None:
-        protect = self._loading.pop(record.name)
-        place = self._places.get(record.name)
-        record.fingerprint = outcome.fingerprint
-        record.version = ""
-        weights = outcome.weights
-        reason = outcome.reason if weights is None else self._pool.too_large(weights.rank, weights.extras_bytes)
-        fits = weights is not None and self._places.holds(record.name, weights.rank, weights.extras_bytes)
-        if place is not None and (reason or not fits):
-            self._places.free(record.name)
-            place = None
-        if weights is None or reason:
-            self._fail(record, reason)
-            return
-        record.version, record.rank, record.nbytes = weights.version, weights.rank, weights.nbytes
-        record.extras_bytes = weights.extras_bytes
-        record.no_effect = weights.no_effect
-        self._host.put(weights)
-        place = place or self._reserve(record, protect)
-        if place is None:
-            self._move(record, AdapterState.COLD)
-            return
-        try:
-            extras_start = self._places.extras_start(record.name)
-            transfer = self._pool.write(weights, place.slot, place.rank_start, extras_start)
-        except RuntimeError as error:  # torch's, for whatever its device or its memory lacks
-            self._lost(record, error)
-            return
-        generation = int(self._pool.generation[place.slot])
-        lease = Lease(record.name, record.version, place.slot, place.rank_start, place.rank, generation)
-        self._transfers[record.name] = transfer, lease
-
-    def _arrived(self, record: AdapterRecord) -> None:
-        """Makes an adapter ACTIVE if its transfer is done."""
-        transfer, lease = self._transfers[record.name]
-        try:
-            if not transfer.done():
-                return
-        except RuntimeError as error:  # as above
-            self._lost(record, error)
-            return
-        del self._transfers[record.name]
-        record.load_seconds = self._clock() - record.since
-        record.last_used = self._clock()
-        self._move(record, AdapterState.ACTIVE)
-        self._leases[record.name] = lease
-        self._loads += 1
-        self._load_seconds.append(record.load_seconds)
-        if record.no_effect:
-            log.warning("adapter %s: has no effect, all its deltas are zero", record.name)
-
-    def _lost(self, record: AdapterRecord, error: RuntimeError) -> None:
-        """A transfer failed. It says nothing about the folder, so the adapter may be asked for again."""
-        self._transfers.pop(record.name, None)
-        self._pool.clear(self._places.free(record.name).slot)
-        record.fingerprint = None
-        record.version = ""
-        self._fail(record, f"cannot be copied to the device: {error}")
-
-    def _reserve(self, record: AdapterRecord, protect: Collection[str]) -> Place | None:
-        """Device memory for an adapter of known rank, evicting for it if need be."""
-        if padded(record.rank) >= self._no_room_for or record.name in self._no_room_for_extras:
-            return None
-        place = self._places.claim(record.name, record.rank, record.extras_bytes)
-        if place is not None:
-            return place
-        candidates = (self.records[name] for name in self._leases if name not in protect)
-        idle = {r.name: r.last_used for r in candidates if not r.leases}
-        victims = self._places.victims(record.rank, idle, record.extras_bytes)
-        if victims is None:
-            if record.extras_bytes:
-                self._no_room_for_extras.add(record.name)
-            else:
-                self._no_room_for = padded(record.rank)
-            return None
-        for name in victims:
-            self._evict(self.records[name])
-        return self._places.claim(record.name, record.rank, record.extras_bytes)
-
-    def _forget_who_found_no_room(self) -> None:
-        self._no_room_for = math.inf
-        self._no_room_for_extras.clear()
-
-    def _evict(self, record: AdapterRecord) -> None:
-        self._move(record, AdapterState.EVICTING)
-        del self._leases[record.name]
-        self._pool.clear(self._places.free(record.name).slot)
-        self._move(record, AdapterState.COLD)
-        self._evictions += 1
-
-    def _fail(self, record: AdapterRecord, reason: str) -> None:
-        self._failures += 1
-        self._failed.append(record.name)
-        log.warning("adapter %s (%s) failed: %s", record.name, record.path, reason)
-        record.rank = record.extras_bytes = 0
-        record.looked_at = self._clock()
-        self._move(record, AdapterState.FAILED, reason)
-
-    def _move(self, record: AdapterRecord, to: AdapterState, reason: str = "") -> None:
-        self._by_state[record.state] -= 1
-        record.transition(to, self._clock(), reason)
-        self._by_state[to] += 1
+    def _record(self, key: str) -> AdapterRecord:
+        record = self.records.get(key)
+        if record is None:
+            self._require_enabled()
+            raise self.registry.unknown(key)
+        return record

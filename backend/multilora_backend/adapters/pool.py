@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from multilora_backend.adapters.extras import ExtraKey
 from multilora_backend.adapters.extras_pool import ExtrasPool
-from multilora_backend.adapters.layout import BUFFER_BYTES, AdapterWeights, allocate
+from multilora_backend.adapters.layout import BUFFER_BYTES, AdapterWeights, allocate, rank_numel
 from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.adapters.room import extras_can_ever_fit
 from multilora_backend.core import LoraSite
@@ -24,6 +25,33 @@ MAX_RANKS = 4096
 
 STAGING_SHARE = 16
 """A staging buffer may take one part in this many of the budget; a smaller budget goes without."""
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    bytes_per_rank: int
+    """Over all sites."""
+    num_ranks: int
+    staging_bytes: int
+    """Of the buffer that weights pass through; on CUDA, out of the same budget."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_ranks * self.bytes_per_rank + self.staging_bytes
+
+    @classmethod
+    def within(
+        cls, budget_bytes: int, sites: Sequence[LoraSite], dtype: torch.dtype, cuda: bool, max_ranks: int = MAX_RANKS
+    ) -> PoolSize:
+        """Raises MultiloraError if the budget does not hold one page of 8 ranks."""
+        bytes_per_rank = sum(rank_numel(site) for site in sites) * dtype.itemsize
+        staged = BUFFER_BYTES if cuda and sites and budget_bytes >= BUFFER_BYTES * STAGING_SHARE else 0
+        ranks = max_ranks if not sites else min((budget_bytes - staged) // bytes_per_rank, max_ranks)
+        num_ranks = ranks // PAGE * PAGE
+        if num_ranks < PAGE:
+            need = PAGE * bytes_per_rank
+            raise invalid("adapter_device_bytes", f"must be at least {need} for {PAGE} ranks, got {budget_bytes}")
+        return cls(bytes_per_rank, num_ranks, staged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +88,10 @@ class DevicePool:
     ) -> None:
         """Raises MultiloraError if the budget does not hold one page of 8 ranks. `extras_bytes` are a second budget."""
         self.device = torch.device(device)
-        widths = [width for site in sites for width in (len(site.modules) * site.in_features, site.width)]
-        self.bytes_per_rank = sum(widths) * dtype.itemsize
         cuda = self.device.type == "cuda" and bool(sites)
-        staged = BUFFER_BYTES if cuda and budget_bytes >= BUFFER_BYTES * STAGING_SHARE else 0
-        ranks = max_ranks if not sites else min((budget_bytes - staged) // self.bytes_per_rank, max_ranks)
-        self.num_ranks = ranks // PAGE * PAGE
-        if self.num_ranks < PAGE:
-            need = PAGE * self.bytes_per_rank
-            raise invalid("adapter_device_bytes", f"must be at least {need} for {PAGE} ranks, got {budget_bytes}")
+        self.size = PoolSize.within(budget_bytes, sites, dtype, cuda, max_ranks)
+        self.bytes_per_rank, self.num_ranks = self.size.bytes_per_rank, self.size.num_ranks
+        widths = [width for site in sites for width in (len(site.modules) * site.in_features, site.width)]
         # One allocation: torch rounds each large one up to 2 MiB, which over 256 tensors would exceed the budget.
         memory = torch.zeros(self.num_ranks * sum(widths), dtype=dtype, device=self.device)
         self._flat = memory.split([self.num_ranks * width for width in widths])
@@ -83,7 +106,7 @@ class DevicePool:
         self.extras = ExtrasPool(extra_keys, extras_bytes, self.num_slots, self.device)
         self._writes = 0
         self._stream = torch.cuda.Stream(self.device) if cuda else None
-        self._staging = torch.empty(staged // dtype.itemsize, dtype=dtype, device=self.device)
+        self._staging = torch.empty(self.size.staging_bytes // dtype.itemsize, dtype=dtype, device=self.device)
         self._blocks = lru_cache(maxsize=64)(self._cut_blocks)
         if self._stream is not None:
             self._warm_up(sites, dtype)
@@ -132,12 +155,33 @@ class DevicePool:
         self.rank_start[slot] = 0
         self.extras.clear(slot)
 
+    def move(self, slot: int, rank_start: int) -> None:
+        """Copies an adapter to other ranks of the pool, and makes its slot point there.
+
+        Call it between steps. The copies are queued on the current stream: steps before them find the adapter where
+        it was, those planned afterwards where it is, so it may be in use. What the slot holds stays the same, and so
+        does its generation: copies of it elsewhere remain right. Its transfer must be done, and nobody else's ranks
+        may be among the new ones; its own may.
+        """
+        begin, ranks = int(self.rank_start[slot]), padded(int(self.rank[slot]))
+        # Pieces no longer than the way, beginning at the end that leads: none is overwritten before it was copied.
+        piece = min(ranks, abs(rank_start - begin))
+        offsets = range(0, ranks, piece) if piece else range(0)
+        for offset in offsets if rank_start < begin else reversed(offsets):
+            count = min(piece, ranks - offset)
+            sources = self._blocks(begin + offset, count)
+            targets = self._blocks(rank_start + offset, count)
+            torch._foreach_copy_(list(chain(*targets)), list(chain(*sources)))
+        self.rank_start[slot] = rank_start
+
     def _warm_up(self, sites: Sequence[LoraSite], dtype: torch.dtype) -> None:
         """The first use of a kernel loads it, which may wait for all that runs: so none is used first under load."""
         buffers, weights = allocate(sites, {0}, 1, dtype, pin=True)
         for buffer in buffers:
             buffer.data.zero_()
         self.write(AdapterWeights("", 1, weights, buffers, no_effect=True), slot=0, rank_start=0)
+        if self.num_ranks >= 2 * PAGE:
+            self.move(slot=0, rank_start=PAGE)
         self.clear(slot=0)
         torch.cuda.synchronize(self.device)
 

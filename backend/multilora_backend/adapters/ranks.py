@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 PAGE = 8
 
@@ -39,10 +39,9 @@ class RankAllocator:
         size = padded(rank)
         if size < PAGE:
             raise ValueError(f"rank: must be at least 1, got {rank}")
-        for index, (start, stop) in enumerate(self._free):
+        for start, stop in self._free:
             if stop - start >= size:
-                self._free[index : index + 1] = [(start + size, stop)] if start + size < stop else []
-                self._used[start] = start + size
+                self._take(start, size)
                 return start
         return None
 
@@ -57,6 +56,24 @@ class RankAllocator:
             start = self._free.pop(index)[0]
         self._free.insert(index, (start, stop))
 
+    def move(self, start: int, to: int) -> None:
+        """Moves a range that `allocate` gave. Raises ValueError if any but its own ranks are in the way."""
+        size = self._used[start] - start
+        self.free(start)
+        if not self._take(to, size):
+            self._take(start, size)
+            raise ValueError(f"ranks {to} to {to + size} are not free")
+
+    def _take(self, start: int, size: int) -> bool:
+        """Allocates exactly this range, if it is free."""
+        index = bisect.bisect(self._free, (start, self.num_ranks)) - 1
+        if index < 0 or self._free[index][1] < start + size:
+            return False
+        first, stop = self._free[index]
+        self._free[index : index + 1] = [r for r in ((first, start), (start + size, stop)) if r[0] < r[1]]
+        self._used[start] = start + size
+        return True
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,6 +82,17 @@ class Place:
     slot: int
     rank_start: int
     rank: int
+
+
+@dataclass(frozen=True)
+class Span:
+    start: int
+    stop: int
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 class Places:
@@ -91,44 +119,62 @@ class Places:
         heapq.heappush(self._slots, place.slot)
         return place
 
-    def victims(self, rank: int, idle: Mapping[str, float]) -> list[str] | None:
-        return choose_victims(self._places, idle, self._ranks.num_ranks, rank)
+    def move(self, name: str, rank_start: int) -> Place:
+        """Raises ValueError if others are in the way."""
+        place = self._places[name]
+        self._ranks.move(place.rank_start, rank_start)
+        self._places[name] = moved = replace(place, rank_start=rank_start)
+        return moved
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Who lies where, in order."""
+        spans = [Span(p.rank_start, p.rank_start + padded(p.rank), name) for name, p in self._places.items()]
+        return sorted(spans, key=lambda span: span.start)
+
+    @property
+    def num_ranks(self) -> int:
+        return self._ranks.num_ranks
+
+    @property
+    def num_free(self) -> int:
+        """Ranks, in whatever ranges."""
+        return self._ranks.num_free
 
     def get(self, name: str) -> Place | None:
         return self._places.get(name)
 
 
-def choose_victims(
-    places: Mapping[str, Place], idle: Mapping[str, float], num_ranks: int, rank: int
-) -> list[str] | None:
-    """Whom to evict so that a contiguous range for `rank` appears; None if evicting all of `idle` makes none.
+def window_victims(spans: Sequence[Span], num_ranks: int, size: int, idle: Mapping[str, float]) -> list[str] | None:
+    """Whom to evict so that `size` contiguous ranks are free; None if evicting all of `idle` makes none.
 
-    `idle` maps those that may be evicted to when they were last used. The window that is made free is the one
-    whose most recently used victim has been idle for longest, and only what lies in it is evicted. (Where free
-    ranges would add up, moving adapters together instead of evicting is the place for compaction.)
+    `spans` are in order. `idle` maps those that may be evicted to when they were last used. The window that is made
+    free is the one whose most recently used victim has been idle for longest, and only what lies in it is evicted.
     """
-    by_place = sorted(places.items(), key=lambda item: item[1].rank_start)
     by_age = sorted(idle, key=lambda name: idle[name])
     low, high = 0, len(by_age)
     # More victims never shrink the largest window, so the fewest oldest that make one are found by bisection.
     while low < high:
         count = (low + high) // 2
-        if _window(by_place, set(by_age[:count]), num_ranks, padded(rank)) is None:
+        if _window(spans, set(by_age[:count]), num_ranks, size) is None:
             low = count + 1
         else:
             high = count
-    return _window(by_place, set(by_age[:low]), num_ranks, padded(rank))
+    return _window(spans, set(by_age[:low]), num_ranks, size)
 
 
-def _window(by_place: list[tuple[str, Place]], gone: set[str], num_ranks: int, size: int) -> list[str] | None:
+def _window(spans: Sequence[Span], gone: set[str], num_ranks: int, size: int) -> list[str] | None:
     """Names within the first window of `size` ranks that is free once `gone` are; None if there is none."""
     begin = 0
     names: list[str] = []
-    for name, place in by_place:
-        if place.rank_start - begin >= size:
+    for span in spans:
+        if span.start - begin >= size:
             return names
-        if name in gone:
-            names.append(name)
+        if span.name in gone:
+            names.append(span.name)
         else:
-            begin, names = place.rank_start + padded(place.rank), []
+            begin, names = span.stop, []
     return names if num_ranks - begin >= size else None

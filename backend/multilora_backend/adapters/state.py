@@ -5,26 +5,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multilora_backend.adapters.entry import AdapterEntry
 
 Fingerprint = tuple[tuple[int, int, int] | None, ...]
 """(mtime in ns, size, inode) of each file of an adapter's folder, None for a file that is not there."""
 
+MAX_HISTORY = 16
+"""Changes of state that a record remembers."""
+
 
 class AdapterState(str, Enum):
     COLD = "cold"
-    """Known by name; its weights may be in the host cache."""
+    """Not on the device, nor asked for; its weights may be in the host cache, or on their way there."""
     LOADING = "loading"
-    """Being read, or being copied to the device."""
+    """A place on the device is wanted or taken, and its weights are being read or copied."""
     ACTIVE = "active"
     """All of it is in the device pool: it can be leased."""
     EVICTING = "evicting"
     FAILED = "failed"
-    """Refused, with the reason, until its folder changes."""
+    """Refused, with the reason: until its source changes, or, if the cause may pass, until it is tried again."""
 
 
 _LEGAL: dict[AdapterState, frozenset[AdapterState]] = {
-    # COLD -> FAILED: the check at server start reads no weights, so nothing is loading.
+    # COLD -> FAILED: by a check, which reads no weights, or by what was read for the host only.
     AdapterState.COLD: frozenset({AdapterState.LOADING, AdapterState.FAILED}),
     # LOADING -> FAILED: by what the folder holds, or because the copy to the device failed.
     # LOADING -> COLD: the rank turned out larger than what was reserved, and leases are in the way.
@@ -37,20 +43,28 @@ _LEGAL: dict[AdapterState, frozenset[AdapterState]] = {
 
 @dataclass(eq=False)
 class AdapterRecord:
-    """What is known about one name of the catalogue. Owned by the engine's thread."""
+    """What is known about one revision of an adapter. Owned by the engine's thread."""
 
-    name: str
-    path: Path
+    key: str
+    """See `core.adapter_name`."""
+    entry: AdapterEntry
+    """What asked for this revision."""
 
     state: AdapterState = field(default=AdapterState.COLD, init=False)
     since: float = field(default=0.0, init=False)
     """When the state last changed, on the manager's clock."""
     reason: str = field(default="", init=False)
     """Why it is FAILED; empty in every other state."""
+    note: str = field(default="", init=False)
+    """Why something that was wanted of it was refused: a pin, or a successor."""
+    history: list[tuple[float, AdapterState, str]] = field(default_factory=list, init=False)
+    """The last changes of state, the oldest first: time, state, reason."""
     fingerprint: Fingerprint | None = field(default=None, init=False)
     """Of the folder when it was last read; None if it never was, or if reading failed for a passing cause."""
+    refused: Fingerprint | None = field(default=None, init=False)
+    """Of the folder whose content made it FAILED: another one is worth a try."""
     version: str = field(default="", init=False)
-    """Content hash of the weights last read from the folder as `fingerprint` has it; empty if unread."""
+    """Content hash. Once known it never changes: another content is another revision. Empty if unread."""
     rank: int = field(default=0, init=False)
     """Largest rank of a module; 0 while unknown."""
     extras_bytes: int = field(default=0, init=False)
@@ -58,37 +72,60 @@ class AdapterRecord:
     nbytes: int = field(default=0, init=False)
     """On the host, in device layout."""
     no_effect: bool = field(default=False, init=False)
-    """The last weights read change nothing (every B is zero, say): allowed, but hardly what was meant."""
-    looked_at: float = field(default=0.0, init=False)
-    """When a FAILED adapter's folder was last looked at for changes."""
+    """It changes nothing (every B is zero, say): allowed, but hardly what was meant."""
+    retired: bool = field(default=False, init=False)
+    """Replaced or unloaded: it serves those that hold it, then its bytes are given back."""
+    pinned: bool = field(default=False, init=False)
+    """Once on the device it stays there."""
+    kept: bool = field(default=False, init=False)
+    """The host cache was told not to drop its weights."""
+    passing: bool = field(default=False, init=False)
+    """FAILED for a cause outside of its content, which may pass."""
+    retry_at: float = field(default=0.0, init=False)
+    """FAILED: when to try again, or, if its content is to blame, when to look at the source again."""
+    attempts: int = field(default=0, init=False)
+    """Loads that failed one after the other."""
+    leases: int = field(default=0, init=False)
+    holds: int = field(default=0, init=False)
+    """Sequences between submission and end, and aliases that name this version."""
+    requests: int = field(default=0, init=False)
+    loads: int = field(default=0, init=False)
     load_seconds: float = field(default=0.0, init=False)
     """Duration of the last load, from its request until ACTIVE."""
-    leases: int = field(default=0, init=False)
-    last_used: float = field(default=0.0, init=False)
+    last_used: float | None = field(default=None, init=False)
+
+    @property
+    def ends(self) -> bool:
+        """Nobody will ask for it again."""
+        return self.retired and not self.holds and not self.leases
 
     def transition(self, to: AdapterState, now: float, reason: str = "") -> None:
         """The only way to change `state`. Raises RuntimeError on what the table or a lease forbids."""
         if to not in _LEGAL[self.state]:
-            raise RuntimeError(f"adapter {self.name}: illegal transition {self.state.name} -> {to.name}")
+            raise RuntimeError(f"adapter {self.key}: illegal transition {self.state.name} -> {to.name}")
         if self.leases:
-            raise RuntimeError(f"adapter {self.name}: {to.name} while {self.leases} leases are held")
+            raise RuntimeError(f"adapter {self.key}: {to.name} while {self.leases} leases are held")
         if (to is AdapterState.FAILED) != bool(reason):
-            raise RuntimeError(f"adapter {self.name}: a reason belongs to FAILED and only to it")
+            raise RuntimeError(f"adapter {self.key}: a reason belongs to FAILED and only to it")
         self.state = to
         self.since = now
         self.reason = reason
+        self.history.append((now, to, reason))
+        del self.history[:-MAX_HISTORY]
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to run with an adapter: while it is held, this version stays where it is."""
+    """The right to run with an adapter: while it is held, this version stays on the device, in this slot."""
 
     name: str
+    """The revision's key."""
     version: str
     """Content hash; prefix-cache blocks are keyed by it."""
     slot: int
-    """Index into the pool's rank_start and rank."""
+    """Index into the pool's tables, which alone say where its ranks lie in a step: it may have been moved since."""
     rank_start: int
+    """When the lease was given, as the generation."""
     rank: int
     generation: int = 0
     """No two adapters that were ever in this slot have the same; see `DevicePool.generation`."""
@@ -97,10 +134,18 @@ class Lease:
 @dataclass(frozen=True)
 class AdapterStats:
     by_state: dict[str, int]
-    """Every state is there, by its value."""
+    """Revisions; every state is there, by its value."""
     loads_total: int
     load_failures_total: int
-    """Refused by the check at server start included."""
+    """Refused by a check included."""
     evictions_total: int
     load_seconds: list[float]
     """Of the loads since the last call."""
+    arrivals: dict[str, int]
+    """Totals of sequences, by where their adapter was when they came: "device", "host" or "disk"."""
+    residents: dict[str, tuple[str, int, bool]]
+    """Level ("device" or "host"), rank and whether pinned, of every key whose weights are in memory."""
+    max_resident: int
+    """Adapters that the device pool would hold at the mean rank of those that it holds."""
+    bytes: dict[str, tuple[int, int]]
+    """By level: bytes taken or reserved, and the budget."""

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import random
+import time
 from typing import TYPE_CHECKING
 
+from multilora_backend.core import Sequence
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 from multilora_backend.protocol import Submit
 
@@ -12,8 +15,8 @@ if TYPE_CHECKING:
     from multilora_backend.engine.engine import Engine
 
 
-def check_submit(engine: Engine, message: Submit) -> None:
-    """Raises MultiloraError if the request cannot be taken in."""
+def admit(engine: Engine, message: Submit) -> str:
+    """The key of the request's adapter, empty for none. Raises MultiloraError if the request cannot be taken in."""
     prompt = len(message.prompt_token_ids)
     if not 1 <= prompt < engine.model.max_model_len:
         limit = engine.model.max_model_len - 1
@@ -24,5 +27,27 @@ def check_submit(engine: Engine, message: Submit) -> None:
     if len(engine.scheduler.waiting) + message.sampling.n > engine.config.max_waiting:
         limit = engine.config.max_waiting
         raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")
-    if message.adapter:
-        engine.adapters.check(message.adapter)
+    adapter = engine.adapters.resolve(message.adapter, message.tenant) if message.adapter else ""
+    engine.scheduler.check(message.tenant, adapter, message.sampling.n)
+    return adapter
+
+
+def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: int) -> list[Sequence]:
+    """The n sequences of a request; `adapter` is a key."""
+    sampling, prompt = message.sampling, message.prompt_token_ids
+    seed = random.getrandbits(62) if sampling.seed is None else sampling.seed
+    return [
+        Sequence(
+            key=(frontend, message.request_id, index),
+            prompt_len=len(prompt),
+            token_ids=list(prompt),
+            sampling=sampling,
+            seed=seed + index,
+            adapter=adapter,
+            priority=message.priority,
+            tenant=message.tenant,
+            arrival=time.monotonic(),
+            max_len=min(len(prompt) + sampling.max_tokens, max_model_len),
+        )
+        for index in range(sampling.n)
+    ]

@@ -5,31 +5,30 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-from multilora_backend.adapters.base import BaseModel
-from multilora_backend.adapters.catalogue import Catalogue
-from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.config import Config
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, Slot, StepPlan
 from multilora_backend.engine import memory
-from multilora_backend.engine.admission import check_submit
+from multilora_backend.engine.adapters import create_adapters, see_to_holders
+from multilora_backend.engine.administration import Administration
+from multilora_backend.engine.admission import admit, sequences_of
 from multilora_backend.engine.runner import Launched, create_runner
 from multilora_backend.engine.sampler import Sampled
-from multilora_backend.engine.statistics import collect_stats
+from multilora_backend.engine.statistics import Statistics
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
-from multilora_backend.models.lora import create_strategy
-from multilora_backend.protocol import Abort, EngineMessage, Failed, Output, Outputs, Stats, Submit
+from multilora_backend.models.strategies import create_strategy
+from multilora_backend.protocol import Abort, AdapterCommand, EngineMessage, Failed, Output, Outputs, Stats, Submit
 from multilora_backend.scheduling.pages import PageTable
-from multilora_backend.scheduling.policy import AdapterFirst, FirstCome, Policy
+from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
+from multilora_backend.scheduling.tenants import Tenants
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +52,11 @@ class Engine:
         # A core is left to the front end: OpenMP's threads wait for each other, so one that is preempted stops all.
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
+        tenants = Tenants.read(config.tenants)  # before anything that takes long
         self.model = load_model(config)
         if self.model.device.type == "cuda" and not config.num_threads:
             torch.set_num_threads(min(torch.get_num_threads(), CUDA_CPU_THREADS))
-        self.adapters = AdapterManager(
-            Catalogue.read(config.adapters) if config.lora_enabled else None,
-            self.model.sites,
-            device_bytes=config.adapter_device_bytes or memory.adapter_bytes(self.model.device),
-            extras_bytes=memory.extras_bytes(config, self.model.device),
-            base=BaseModel(linears(self.model.module)),
-            host_bytes=config.adapter_host_bytes,
-            load_threads=config.adapter_load_threads,
-            dtype=self.model.dtype,
-            device=self.model.device,
-            on_change=wake,
-        )
+        self.adapters, self._watcher = create_adapters(config, self.model, wake)
         lora = create_strategy(config.lora_strategy, linears(self.model.module), self.adapters.pool)
         # After the adapters' memory: on CUDA the pages take what is left.
         num_pages = memory.num_pages(config, self.model)
@@ -79,45 +68,34 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages,
             self.adapters,
-            _policy(config),
+            Policy.from_config(config),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_loras=config.max_loras,
+            tenants=tenants,
         )
         self.runner = create_runner(config, self.model, lora)
         cuda = self.model.device.type == "cuda"
         self._overlap = config.async_scheduling == "true" or (config.async_scheduling == "auto" and cuda)
         self._in_flight: Launched | None = None
-        self.steps = 0
-        self.adapters_per_step_max = 0
-        self._adapters_per_step: Counter[int] = Counter()
+        self.statistics = Statistics(self.adapters)
         self._replies: defaultdict[str, list[EngineMessage]] = defaultdict(list)
+        self.administration = Administration(self.adapters, config.admin_token, self._reply)
+        if self._watcher is not None:
+            self._watcher.start()
         log.info("engine ready after %.1f s, %d KV pages", time.monotonic() - started, num_pages)
 
     def submit(self, frontend: str, message: Submit) -> None:
         """Takes a request in, or answers it with Failed."""
         try:
-            check_submit(self, message)
+            adapter = admit(self, message)
         except MultiloraError as error:
             self._replies[frontend].append(Failed(message.request_id, error.code, error.message))
             return
-        sampling = message.sampling
-        seed = random.getrandbits(62) if sampling.seed is None else sampling.seed
-        for index in range(sampling.n):
-            self.scheduler.add(
-                Sequence(
-                    key=(frontend, message.request_id, index),
-                    prompt_len=len(message.prompt_token_ids),
-                    token_ids=list(message.prompt_token_ids),
-                    sampling=sampling,
-                    seed=seed + index,
-                    adapter=message.adapter,
-                    priority=message.priority,
-                    tenant=message.tenant,
-                    arrival=time.monotonic(),
-                    max_len=min(len(message.prompt_token_ids) + sampling.max_tokens, self.model.max_model_len),
-                )
-            )
+        for sequence in sequences_of(frontend, message, adapter, self.model.max_model_len):
+            if adapter:
+                self.adapters.hold(adapter)
+            self.scheduler.add(sequence)
 
     def abort(self, frontend: str, message: Abort) -> None:
         for sequence in self._sequences():
@@ -125,8 +103,12 @@ class Engine:
             if (name, request_id) == (frontend, message.request_id) and message.index in (-1, index):
                 self._finish(sequence, FinishReason.ABORT)
 
+    def command(self, frontend: str, message: AdapterCommand) -> None:
+        self.administration.handle(frontend, message)
+
     def drop_frontend(self, frontend: str) -> None:
         """A front end is gone: so are its requests."""
+        self.administration.drop_frontend(frontend)
         for sequence in self._sequences():
             if sequence.key[0] == frontend:
                 self._finish(sequence, FinishReason.ABORT)
@@ -137,10 +119,14 @@ class Engine:
 
         False: nothing to do until a message or an adapter arrives.
         """
-        for name in self.adapters.poll():
-            self._fail_waiting_for(name)
-        plan = self.scheduler.schedule(time.monotonic())
-        launched = self._launch(plan) if plan.slots else None
+        wanted = self._watcher.take() if self._watcher is not None else None
+        if wanted is not None:
+            self.adapters.reconcile(wanted)
+        see_to_holders(self, self.adapters.poll())
+        self.administration.poll()
+        now = time.monotonic()
+        plan = self.scheduler.schedule(now)
+        launched = self._launch(plan, now) if plan.slots else None
         before, self._in_flight = self._in_flight, launched
         if before is not None:
             self._collect(before)
@@ -149,11 +135,8 @@ class Engine:
             self._collect(launched)
         return bool(plan.slots) or before is not None
 
-    def _launch(self, plan: StepPlan) -> Launched | None:
-        self.steps += 1
-        count = len(plan.adapters)
-        self._adapters_per_step[count] += 1
-        self.adapters_per_step_max = max(self.adapters_per_step_max, count)
+    def _launch(self, plan: StepPlan, now: float) -> Launched | None:
+        self.statistics.launched(plan, now)
         try:
             launched = self.runner.launch(plan)
         except Exception as error:  # whatever it is, it is this batch's alone, see _step_failed
@@ -181,9 +164,9 @@ class Engine:
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         """Whatever a batch died of, it ends that batch's requests and not the server, as long as the device lives."""
-        log.error("step %d failed", self.steps, exc_info=error)
+        log.error("step %d failed", self.statistics.steps, exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
-        self._fail([slot.sequence for slot in plan.slots], ErrorCode.INTERNAL, message)
+        self.fail([slot.sequence for slot in plan.slots], ErrorCode.INTERNAL, message)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # raises if the device is lost: the front ends then start a new engine
 
@@ -194,8 +177,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Gauges now, totals, and what happened since the last call."""
-        per_step, self._adapters_per_step = self._adapters_per_step, Counter()
-        return collect_stats(self, dict(per_step))
+        return self.statistics.collect(self)
 
     @property
     def idle(self) -> bool:
@@ -208,8 +190,16 @@ class Engine:
         if self.pages.num_free != self.pages.num_pages - 1:
             raise RuntimeError(f"idle, but {self.pages.num_pages - 1 - self.pages.num_free} pages are held")
 
+        if self.adapters.held:
+            raise RuntimeError(f"idle, but adapters have {self.adapters.held} holders")
+
     def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
         self.adapters.close()
+
+    def _reply(self, frontend: str, message: EngineMessage) -> None:
+        self._replies[frontend].append(message)
 
     def _sequences(self) -> list[Sequence]:
         return [*self.scheduler.running.values(), *self.scheduler.waiting.values()]
@@ -241,23 +231,17 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(sequence, reason)
+        if sequence.adapter:
+            self.adapters.drop(sequence.adapter)
         self.runner.sampler.forget(sequence)
 
-    def _fail_waiting_for(self, adapter: str) -> None:
-        """The adapter could not be loaded: its waiting requests end with the reason, nobody else notices."""
-        try:
-            self.adapters.check(adapter)
-        except MultiloraError as error:
-            self._fail(self.scheduler.waiting_for(adapter), error.code, error.message)
-
-    def _fail(self, sequences: list[Sequence], code: ErrorCode, message: str) -> None:
+    def fail(self, sequences: list[Sequence], code: ErrorCode, message: str) -> None:
+        """Ends the requests that these sequences belong to, with one error each."""
         failed = {sequence.key[:2] for sequence in sequences}
+        if not failed:
+            return
         for sequence in self._sequences():  # a request's n sequences fail together
             if sequence.key[:2] in failed:
                 self._finish(sequence, FinishReason.ERROR)
         for frontend, request_id in sorted(failed):
             self._replies[frontend].append(Failed(request_id, code, message))
-
-
-def _policy(config: Config) -> Policy:
-    return FirstCome() if config.policy == "first_come" else AdapterFirst(config.max_overtake_s)

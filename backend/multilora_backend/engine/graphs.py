@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from multilora_backend.models.attention import AttentionBackend
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.flashinfer_attention import FlashInferAttention
 from multilora_backend.models.inputs import StepInputs
-from multilora_backend.models.lora import Bordered, LoraStep, LoraStrategy
+from multilora_backend.models.lora import LoraStep, LoraStrategy
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class DecodeGraph:
         """The step with as many tiles as the graph launches programs for."""
         if step.segments is None:
             return step
-        return LoraStep(step.segments.pad_to(self.tiles), step.tier, step.moves)
+        return replace(step, segments=step.segments.pad_to(self.tiles))
 
     def replay(self) -> None:
         self.graph.replay()

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets how much of the device's memory when the operator does not say."""
+"""Who gets how much of the device's memory when the operator does not say.
+
+The arithmetic is apart from what asks the device, so that `planning` reckons as the engine does.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from multilora_backend.adapters.extras import ALIGNMENT
 from multilora_backend.config import Config
 from multilora_backend.errors import invalid
 from multilora_backend.models.loader import LoadedModel, bytes_per_token
@@ -18,31 +24,56 @@ EXTRAS_SHARE = 16
 """The extras' arena is as large as one part in this many of the adapters' pool, and comes on top of it."""
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Of a CUDA device, in bytes."""
+
+    total: int
+    free: int
+    """When weights, adapter pool and border are there."""
+
+
 def adapter_bytes(device: torch.device) -> int:
     """The device pool's bytes. On 80 GB that is room for 80 adapters of rank 16 on all linears of an 8B model."""
-    if device.type != "cuda":
-        return CPU_ADAPTER_BYTES
-    return min(CUDA_ADAPTER_BYTES, torch.cuda.mem_get_info(device)[1] // CUDA_ADAPTER_SHARE)
+    return default_adapter_bytes(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None)
+
+
+def default_adapter_bytes(total: int | None) -> int:
+    """`total`: the CUDA device's bytes; None: the CPU."""
+    return CPU_ADAPTER_BYTES if total is None else min(CUDA_ADAPTER_BYTES, total // CUDA_ADAPTER_SHARE)
 
 
 def extras_bytes(config: Config, device: torch.device) -> int:
     """The arena of what adapters have besides A and B: beside 80 adapters of an 8B model, for DoRA with 48 of them."""
-    pool = config.adapter_device_bytes or adapter_bytes(device)
-    return config.adapter_extras_bytes or pool // EXTRAS_SHARE
+    return extras_arena_bytes(config, torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None)
+
+
+def extras_arena_bytes(config: Config, total: int | None) -> int:
+    """`total` as in `default_adapter_bytes`."""
+    size = config.adapter_extras_bytes or (config.adapter_device_bytes or default_adapter_bytes(total)) // EXTRAS_SHARE
+    return size // ALIGNMENT * ALIGNMENT
 
 
 def num_pages(config: Config, model: LoadedModel) -> int:
     """KV pages, the trash page included, within `kv_cache_bytes`. Call it when everything else has been allocated."""
-    budget = config.kv_cache_bytes
-    if not budget:
-        budget = CPU_KV_CACHE_BYTES
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(model.device)
-            budget = int(free - (1 - config.gpu_memory_utilization) * total)
-            if not config.enforce_eager:
-                budget -= config.cuda_graph_bytes
-    page_bytes = bytes_per_token(model) * config.block_size
+    memory = None
+    if model.device.type == "cuda" and not config.kv_cache_bytes:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(model.device)
+        memory = DeviceMemory(total, free)
+    return pages_within(kv_cache_bytes(config, memory), bytes_per_token(model) * config.block_size)
+
+
+def kv_cache_bytes(config: Config, memory: DeviceMemory | None) -> int:
+    """The KV cache's budget, which may be negative. `memory` None: the CPU."""
+    if config.kv_cache_bytes or memory is None:
+        return config.kv_cache_bytes or CPU_KV_CACHE_BYTES
+    budget = int(memory.free - (1 - config.gpu_memory_utilization) * memory.total)
+    return budget if config.enforce_eager else budget - config.cuda_graph_bytes
+
+
+def pages_within(budget: int, page_bytes: int) -> int:
+    """Raises MultiloraError if there is no room for two pages: one is the trash page."""
     if budget < 2 * page_bytes:
         raise invalid("kv_cache_bytes", f"must be at least {2 * page_bytes} (two pages), got {budget}")
     return budget // page_bytes

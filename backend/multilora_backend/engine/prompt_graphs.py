@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from multilora_backend.adapters.ranks import PAGE
 from multilora_backend.engine.graphs import Forward
 from multilora_backend.models.attention import AttentionBackend
 from multilora_backend.models.batch import Batch
@@ -40,6 +41,8 @@ class PromptGraph:
     samples: int
     ranks: int
     """Largest rank of an adapter; 0: no adapters."""
+    tier: int
+    """Ranks of the border, which hold all adapters; 0: all of h comes from the grouped kernels."""
     tiles: int
     block_m: int
     """Of the LoRA kernels."""
@@ -51,7 +54,7 @@ class PromptGraph:
 
     def fit(self, step: LoraStep) -> LoraStep:
         """The step with as many tiles as the graph launches programs for."""
-        return step if step.segments is None else LoraStep(step.segments.pad_to(self.tiles))
+        return step if step.segments is None else replace(step, segments=step.segments.pad_to(self.tiles))
 
     def replay(self, attention: AttentionBackend) -> None:
         for piece, (kv_cache, query, spec, out) in zip(self.pieces, self.calls, strict=False):
@@ -102,17 +105,18 @@ class PromptGraphs:
         self._inputs = inputs
         self._page_size = page_size
         self._logits = logits
-        self._graphs: dict[int, list[PromptGraph]] = {}
-        """By ranks; ascending in rows."""
+        self._graphs: dict[tuple[int, int], list[PromptGraph]] = {}
+        """By tier and ranks; ascending in rows."""
 
     def find(self, rows: int, samples: int, ranks: list[int]) -> PromptGraph | None:
         """The smallest graph that can run such a step, `ranks` of its adapters; None: run it eagerly."""
         if len(ranks) > MAX_ADAPTERS:
             return None
         most = max(ranks, default=0)
-        for captured, graphs in self._graphs.items():
-            if captured >= most and bool(captured) == bool(most):
-                return next((graph for graph in graphs if graph.rows >= rows and graph.samples >= samples), None)
+        for tier in sorted({self._lora.prompt_tier(ranks), 0}, reverse=True):
+            for (captured_tier, captured), graphs in self._graphs.items():
+                if captured_tier == tier and captured >= most and bool(captured) == bool(most):
+                    return next((graph for graph in graphs if graph.rows >= rows and graph.samples >= samples), None)
         return None
 
     @torch.inference_mode()
@@ -131,7 +135,7 @@ class PromptGraphs:
                 if spent > budget_bytes:
                     break
                 graph = self._capture(rows, step, query[:rows], out[:rows], pool, stream)
-                self._graphs.setdefault(graph.ranks, []).insert(0, graph)
+                self._graphs.setdefault((graph.tier, graph.ranks), []).insert(0, graph)
                 spent = free_before - torch.cuda.mem_get_info()[0]
                 count += 1
         self._graphs = dict(sorted(self._graphs.items()))
@@ -145,10 +149,11 @@ class PromptGraphs:
         samples = min(len(self._logits), FEW_SAMPLES if rows <= FEW_ROWS else rows)
         ranks = tiles = block_m = 0
         if step.segments is not None:
-            ranks, block_m = step.segments.max_rank, step.segments.block_m
-            tiles = max_tiles(rows, MAX_ADAPTERS + 1, block_m)
-            step = LoraStep(step.segments.pad_to(tiles))
-        graph = PromptGraph(rows, samples, ranks, tiles, block_m, self._logits[:samples])
+            ranks, block_m = step.tier or step.segments.max_rank, step.segments.block_m
+            # Each adapter and the rows without one may end in a tile that is not full.
+            tiles = max_tiles(rows, 1 + (step.tier // PAGE or MAX_ADAPTERS), block_m)
+            step = replace(step, segments=step.segments.pad_to(tiles))
+        graph = PromptGraph(rows, samples, ranks, step.tier, tiles, block_m, self._logits[:samples])
         recorder = _Recorder(graph, out, pool)
         self._inputs.wait()
         self._inputs.load(Batch.idle(rows, self._page_size).sampling(samples), step.segments)

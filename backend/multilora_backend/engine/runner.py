@@ -103,7 +103,7 @@ class ModelRunner:
             graph = self.prompt_graphs.find(batch.num_rows, samples, self._lora.ranks(batch))
         if graph is not None:
             batch = batch.padded(graph.rows, one_row_each=False).sampling(graph.samples)
-            self._enter(batch, graph.fit(self._lora.plan(batch, graph.block_m)), self._attention)
+            self._enter(batch, graph.fit(self._lora.plan(batch, graph.block_m, graph.tier)), self._attention)
             graph.replay(self._attention)
             return graph.logits
         self._enter(batch, self._lora.plan(batch), self._attention)

@@ -14,12 +14,24 @@ import zmq
 from multilora_backend.config import Config
 from multilora_backend.engine.engine import Engine
 from multilora_backend.engine.watch import FrontendWatch
-from multilora_backend.protocol import Abort, Bye, EngineMessage, Hello, Ready, Submit, encoder, frontend_decoder
+from multilora_backend.protocol import (
+    Abort,
+    AdapterCommand,
+    Bye,
+    EngineMessage,
+    Hello,
+    Ready,
+    Submit,
+    encoder,
+    frontend_decoder,
+)
 
 log = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 0.2
 IDLE_POLL_MS = 100
+WAITING_POLL_MS = 10
+"""While a command waits until it is done."""
 TRANSFER_POLL_MS = 1
 """While nothing runs but an adapter is on its way to the device: nobody wakes the loop when it is there."""
 
@@ -35,6 +47,8 @@ class EngineServer:
         self._watch.add("launcher", parent, server)
         self._identities: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
+        self._serving: set[str] = set()
+        """Those of them that serve requests."""
         self._stats_due = 0.0
         self._running = True
         self._idle = False
@@ -52,8 +66,7 @@ class EngineServer:
         """Returns when no front end is left."""
         busy = False
         while self._running:
-            transferring = self._engine.adapters.transferring
-            self._receive(timeout_ms=0 if busy else TRANSFER_POLL_MS if transferring else IDLE_POLL_MS)
+            self._receive(timeout_ms=0 if busy else self._patience_ms())
             busy = self._engine.step()
             for name, messages in self._engine.take_replies().items():
                 for message in messages:
@@ -61,6 +74,11 @@ class EngineServer:
             self._report()
         self._engine.close()
         self._socket.close()
+
+    def _patience_ms(self) -> int:
+        if self._engine.adapters.transferring:
+            return TRANSFER_POLL_MS
+        return WAITING_POLL_MS if self._engine.administration.waits else IDLE_POLL_MS
 
     def _receive(self, timeout_ms: int) -> None:
         ready = dict(self._poller.poll(timeout_ms))
@@ -83,12 +101,17 @@ class EngineServer:
                 self._engine.submit(self._names[identity], message)
             elif isinstance(message, Abort):
                 self._engine.abort(self._names[identity], message)
+            elif isinstance(message, AdapterCommand):
+                self._engine.command(self._names[identity], message)
             elif isinstance(message, Bye):
                 self._leave(self._names[identity])
 
     def _join(self, identity: bytes, hello: Hello) -> None:
-        self._watch.add(hello.name, hello.pid, hello.server_pid)
-        self._watch.remove("launcher")
+        self._watch.add(hello.name, hello.pid, hello.server_pid, hello.serves)
+        if hello.serves:
+            self._watch.remove("launcher")
+            self._serving.add(hello.name)
+            self._engine.statistics.start_over()
         self._identities[hello.name] = identity
         self._names[identity] = hello.name
         log.info("front end %s (pid %d) attached", hello.name, hello.pid)
@@ -100,6 +123,7 @@ class EngineServer:
         identity = self._identities.pop(name, None)
         if identity is not None:
             del self._names[identity]
+            self._serving.discard(name)
             self._engine.drop_frontend(name)
             log.info("front end %s left", name)
         self._running &= others and bool(name)
@@ -115,7 +139,7 @@ class EngineServer:
             return
         self._stats_due = now + STATS_INTERVAL_S
         stats = self._engine.stats()
-        for name in self._identities:
+        for name in self._serving:
             self._send(name, stats)
         self._check_when_idle()
 

@@ -23,6 +23,7 @@ GRACE_S = 5.0
 class _Frontend:
     process: Process | None
     server: Process | None
+    serves: bool
 
     @property
     def alive(self) -> bool:
@@ -39,16 +40,23 @@ class FrontendWatch:
         self._frontends: dict[str, _Frontend] = {}
         threading.Thread(target=self._run, name="frontend-watch", daemon=True).start()
 
-    def add(self, name: str, pid: int, server_pid: int) -> None:
-        """The front end lives while both processes do; a pid of 0 is not watched."""
+    def add(self, name: str, pid: int, server_pid: int, serves: bool = True) -> None:
+        """The front end lives while both processes do; a pid of 0 is not watched.
+
+        One that does not serve does not count when it is asked whether anybody is left.
+        """
+        process, server = (Process.of(p) if p else None for p in (pid, server_pid))
         with self._lock:
-            self._frontends[name] = _Frontend(*(Process.of(p) if p else None for p in (pid, server_pid)))
+            self._frontends[name] = _Frontend(process, server, serves)
 
     def remove(self, name: str) -> bool:
         """A front end said goodbye; returns whether others are left."""
         with self._lock:
             self._frontends.pop(name, None)
-            return bool(self._frontends)
+            return self._left()
+
+    def _left(self) -> bool:
+        return any(frontend.serves for frontend in self._frontends.values())
 
     def _run(self) -> None:
         while True:
@@ -61,7 +69,7 @@ class FrontendWatch:
                     # so it cannot end itself.
                     if frontend.process is not None:
                         frontend.process.kill()
-                left = bool(self._frontends)
+                left = self._left()
             for name in dead:
                 self._on_death(name)
             if not left:

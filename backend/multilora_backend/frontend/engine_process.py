@@ -17,15 +17,19 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
 
 from multilora_backend.config import Config
 from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.frontend import runtime
 from multilora_backend.frontend.runtime import RuntimeFolder
 from multilora_backend.processes import Process
 from multilora_backend.tritonserver import SAVED_LIBRARY_PATH
 
 log = logging.getLogger(__name__)
 
+RECORD = "engine.json"
 EXIT_CONFIGURATION = 2
 """The engine's exit status when starting it again would not help."""
 PREFIX = "multilora engine: "
@@ -97,19 +101,37 @@ class EngineHandle:
             return None
 
 
+class Engines(Protocol):
+    """Where a link gets its engine; used by the link's thread alone."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def leads(self) -> bool: ...
+
+    def try_lead(self) -> bool: ...
+
+    def attach_or_start(self) -> EngineHandle | None:
+        """None: there is none yet, ask again soon. Raises MultiloraError if it cannot be started."""
+
+    def end(self, handle: EngineHandle | None, patient: bool) -> None:
+        """The link leaves, after Bye was said."""
+
+
 class EngineProcess:
-    """Finds the engine that the front ends of a model share, or starts it. Used by the link's thread alone."""
+    """Finds the engine that the front ends of a model share, or starts it."""
 
     def __init__(self, config: Config, folder: RuntimeFolder, server_pid: int, environ: Mapping[str, str]) -> None:
         self._config = config
         self._folder = folder
         self._server_pid = server_pid
         self._environ = dict(environ)
-        self._record = folder.path / "engine.json"
+        self._record = folder.path / RECORD
 
     @property
     def address(self) -> str:
-        return f"ipc://{self._folder.socket}"
+        return runtime.address(self._folder.path)
 
     @property
     def leads(self) -> bool:
@@ -124,7 +146,7 @@ class EngineProcess:
         Raises MultiloraError(UNAVAILABLE) if the interpreter cannot be run.
         """
         leads = self._folder.try_lead()
-        return self._recorded() or (self._start() if leads else None)
+        return recorded(self._folder.path) or (self._start() if leads else None)
 
     def end(self, handle: EngineHandle | None, patient: bool) -> None:
         """Leaves the engine, after Bye was said. The last front end sees to it that the engine is gone.
@@ -141,14 +163,6 @@ class EngineProcess:
                 if _gone(handle, wait):
                     break
         self._folder.leave(remove=last)
-
-    def _recorded(self) -> EngineHandle | None:
-        try:
-            record = json.loads(self._record.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        handle = EngineHandle(Process(record["pid"], record["started"]))
-        return handle if handle.alive else None
 
     def _start(self) -> EngineHandle:
         python = self._config.engine_python or shutil.which("python3", path=self._environ.get("PATH", os.defpath))
@@ -178,6 +192,16 @@ class EngineProcess:
             if saved:
                 environ["LD_LIBRARY_PATH"] = saved
         return environ
+
+
+def recorded(folder: Path) -> EngineHandle | None:
+    """The living engine of a runtime folder, None if there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    handle = EngineHandle(Process(record["pid"], record["started"]))
+    return handle if handle.alive else None
 
 
 def _gone(handle: EngineHandle, timeout: float) -> bool:

@@ -50,3 +50,7 @@ OUTPUTS = [
     _output("num_input_tokens", "TYPE_UINT32", 1),
     _output("num_output_tokens", "TYPE_UINT32"),
 ]
+
+# Of the model multilora_adapters, see `commands`.
+ADMIN_INPUTS = [_input("request", "TYPE_STRING")]
+ADMIN_OUTPUTS = [_output("result", "TYPE_STRING", 1)]

@@ -9,14 +9,14 @@ import threading
 import time
 from collections import deque
 from enum import Enum
-from typing import Protocol
 
 import zmq
 
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.connection import Connection
-from multilora_backend.frontend.engine_process import EngineProcess
-from multilora_backend.protocol import Abort, Failed, Hello, Output, Outputs, Ready, Stats, Submit
+from multilora_backend.frontend.engine_process import Engines
+from multilora_backend.frontend.listener import Listener
+from multilora_backend.protocol import Abort, AdapterCommand, AdapterReply, Failed, Hello, Outputs, Ready, Stats, Submit
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +32,6 @@ STABLE_S = 10.0
 """An engine that has served this long is started again at once when it dies."""
 
 
-class Listener(Protocol):
-    """Whom the link tells what comes from the engine; all calls are made by the link's thread."""
-
-    def on_ready(self, ready: Ready) -> None: ...
-
-    def on_outputs(self, outputs: list[Output]) -> None: ...
-
-    def on_failed(self, failed: Failed) -> None: ...
-
-    def on_stats(self, stats: Stats, leads: bool) -> None: ...
-
-    def on_lost(self, reason: str) -> None:
-        """The engine died. Every request that it had not answered is lost."""
-
-
 class State(Enum):
     STARTING = "is starting"
     READY = "is ready"
@@ -57,13 +42,13 @@ class State(Enum):
 class Link:
     """`submit` and `abort` may be called by any thread."""
 
-    def __init__(self, engine: EngineProcess, hello: Hello, listener: Listener) -> None:
+    def __init__(self, engine: Engines, hello: Hello, listener: Listener) -> None:
         self._engine = engine
         self._hello = hello
         self._listener = listener
         self._lock = threading.Lock()
         self._state = State.STARTING
-        self._outgoing: deque[Submit | Abort] = deque()
+        self._outgoing: deque[Submit | Abort | AdapterCommand] = deque()
         self._last_reason = ""
         self._settled = threading.Event()
         """The first start has ended: well, or with `_failure`."""
@@ -84,9 +69,13 @@ class Link:
     def ready(self) -> bool:
         return self._state is State.READY
 
+    def begin(self) -> None:
+        """Looks for the engine from now on, and returns at once."""
+        self._thread.start()
+
     def start(self, timeout_s: float) -> None:
         """Returns when the engine serves. Raises MultiloraError with the reason if it does not; then call `close`."""
-        self._thread.start()
+        self.begin()
         if not self._settled.wait(timeout_s):
             raise MultiloraError(
                 ErrorCode.UNAVAILABLE, f"the engine was not ready after engine_start_timeout_s ({timeout_s:g} s)"
@@ -94,7 +83,7 @@ class Link:
         if self._failure is not None:
             raise self._failure
 
-    def submit(self, message: Submit) -> None:
+    def submit(self, message: Submit | AdapterCommand) -> None:
         """Raises MultiloraError(UNAVAILABLE) at once if there is no engine to take it."""
         # Under the lock, so that a request is either refused here or known to be lost when on_lost is called.
         with self._lock:
@@ -175,6 +164,8 @@ class Link:
                 self._listener.on_outputs(message.items)
             elif isinstance(message, Failed):
                 self._listener.on_failed(message)
+            elif isinstance(message, AdapterReply):
+                self._listener.on_reply(message)
             elif isinstance(message, Stats):
                 self._listener.on_stats(message, self._engine.leads)
             else:

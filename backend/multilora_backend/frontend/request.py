@@ -16,20 +16,11 @@ import numpy as np
 from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
-from multilora_backend.frontend.sampling import INPUTS, Number, parse_sampling
+from multilora_backend.frontend.routing import ADAPTER_NAMES, KEYS, read_routing, without_reserved
+from multilora_backend.frontend.sampling import INPUTS, parse_sampling
 from multilora_backend.frontend.tensors import flag, json_value, shown, string
 from multilora_backend.frontend.tokenizer import Tokenizer
 from multilora_backend.protocol import ModelCard
-
-MAX_NAME_LENGTH = 256
-MAX_TENANT_LENGTH = 128
-PRIORITY = Number(True, -100, 100)
-
-_ADAPTER_NAMES = ("lora_name", "adapter")
-_ROUTING = (*_ADAPTER_NAMES, "request_priority", "tenant")
-_RESERVED = frozenset({"priority", "timeout", "headers", "binary_data_output"})
-_RESERVED_PREFIXES = ("triton_", "sequence_", "x-")
-"""Triton's own, and `x-`, since HTTP headers that an operator lets Triton forward arrive as parameters too."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +59,24 @@ def parse(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer
     for name in raw.tensors:
         if name in ("image", "embedding_request"):
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is not supported: this model takes and gives text")
-        if name not in INPUTS and name not in _ADAPTER_NAMES:
+        if name not in INPUTS and name not in ADAPTER_NAMES:
             raise invalid(name, "is not an input of this model")
     stream = bool(flag(raw.tensors, "stream"))
     echo = _echo(raw, stream)
     wanted = {name: bool(flag(raw.tensors, name)) for name in sorted(INPUTS) if name.startswith("return_")}
     parameters, options = _options(raw, config)
-    adapter = _adapter([_adapter_tensors(raw), parameters, options], card)
+    routing = read_routing(raw.tensors, raw.parameters, options, card, config)
     sampling, has_logprobs = _sampling(raw, parameters, options, wanted, config, card)
-    priority = PRIORITY.read("request_priority", _first(parameters, options, "request_priority", 0))
-    tenant = _name("tenant", _first(parameters, options, "tenant", ""), MAX_TENANT_LENGTH)
     text, ids = _prompt(raw, card, config, tokenizer)
     return GenerateRequest(
         prompt_text=text,
         prompt_token_ids=ids,
         sampling=_fitted(sampling, len(ids), card.max_model_len),
-        adapter=adapter,
+        adapter=routing.adapter,
         stream=stream,
         echo=echo,
-        tenant=tenant,
-        priority=int(priority),
+        tenant=routing.tenant,
+        priority=routing.priority,
         has_logprobs=has_logprobs,
         **wanted,
     )
@@ -105,11 +94,7 @@ def _echo(raw: RawRequest, stream: bool) -> bool:
 
 def _options(raw: RawRequest, config: Config) -> tuple[dict[str, object], dict[str, object]]:
     """The request parameters, less Triton's own, and the object in the `sampling_parameters` tensor (or nothing)."""
-    parameters = {
-        name: value
-        for name, value in raw.parameters.items()
-        if name not in _RESERVED and not name.lower().startswith(_RESERVED_PREFIXES)
-    }
+    parameters = without_reserved(raw.parameters, config)
     text = string(raw.tensors, "sampling_parameters", config.max_prompt_bytes)
     if text is None:
         return parameters, {}
@@ -133,52 +118,12 @@ def _sampling(
     else:
         source, values = "parameters", parameters
     sampling = parse_sampling(
-        {name: value for name, value in values.items() if name not in _ROUTING}, source, config, card.vocab_size
+        {name: value for name, value in values.items() if name not in KEYS}, source, config, card.vocab_size
     )
     has_logprobs = sampling.logprobs is not None
     if wanted["return_cumulative_logprob"] and not has_logprobs:
         sampling = msgspec.structs.replace(sampling, logprobs=0)  # the engine sums up what it computes
     return sampling, has_logprobs
-
-
-def _adapter_tensors(raw: RawRequest) -> dict[str, object]:
-    return {name: string(raw.tensors, name, MAX_NAME_LENGTH) for name in _ADAPTER_NAMES}
-
-
-def _adapter(levels: list[dict[str, object]], card: ModelCard) -> str:
-    """The first level (tensors, request parameters, JSON) that names an adapter decides; "" names the base model."""
-    for level in levels:
-        given = {name: level[name] for name in _ADAPTER_NAMES if level.get(name) is not None}
-        names = [_name(name, value, MAX_NAME_LENGTH) for name, value in given.items()]
-        if not names:
-            continue
-        if len(set(names)) > 1:
-            raise invalid("lora_name", f"and its alias adapter differ: {shown(names[0])} and {shown(names[1])}")
-        (field, *_), adapter = given, names[0]
-        if "/" in adapter or "\\" in adapter or ".." in adapter:
-            raise invalid(field, f"must be the name of an adapter, not a path, got {shown(adapter)}")
-        if adapter and not card.lora_enabled:
-            # vllm_backend's own words, which its clients and tests look for.
-            raise MultiloraError(ErrorCode.UNSUPPORTED, "LoRA feature is not enabled.")
-        return adapter
-    return ""
-
-
-def _first(parameters: Mapping[str, object], options: Mapping[str, object], name: str, default: object) -> object:
-    for level in (parameters, options):
-        if level.get(name) is not None:
-            return level[name]
-    return default
-
-
-def _name(field: str, value: object, max_length: int) -> str:
-    if not isinstance(value, str):
-        raise invalid(field, f"must be a string, got {shown(value)}")
-    if len(value) > max_length:
-        raise invalid(field, f"must have at most {max_length} characters, got {len(value)}")
-    if not value.isprintable():
-        raise invalid(field, f"must have printable characters only, got {shown(value)}")
-    return value
 
 
 def _prompt(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer) -> tuple[str, list[int]]:

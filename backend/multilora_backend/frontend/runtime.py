@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ from multilora_backend.config import Config
 from multilora_backend.errors import invalid
 from multilora_backend.processes import start_time
 
+_SERVED = "served.json"
+_SOCKET = "engine.sock"
 _MAX_SOCKET_PATH = 107
 """Bytes in sockaddr_un.sun_path, less the closing zero."""
 
@@ -27,11 +30,43 @@ def folder_for(config: Config, model: str, version: str, server_pid: int) -> Pat
 
     A pid alone would not do: in a container tritonserver is often pid 1, again and again, with one /tmp.
     """
-    base = Path(config.runtime_dir or Path(tempfile.gettempdir(), f"multilora-{os.geteuid()}"))
-    server = f"{start_time(server_pid)} {os.stat('/proc/self/ns/pid').st_ino}"
-    digest = hashlib.sha256(f"{model} {version} {server} {config.to_json()}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{model} {version} {_server(server_pid)} {config.to_json()}".encode()).hexdigest()
     name = "".join(c if c.isalnum() else "_" for c in model[:16])
-    return base / f"{server_pid}-{name}-{version}-{digest[:10]}"
+    return base_for(config.runtime_dir) / f"{server_pid}-{name}-{version}-{digest[:10]}"
+
+
+def base_for(runtime_dir: str) -> Path:
+    """The folder of all runtime folders."""
+    return Path(runtime_dir or Path(tempfile.gettempdir(), f"multilora-{os.geteuid()}"))
+
+
+def find(runtime_dir: str, model: str, server_pid: int) -> list[Path]:
+    """The folders in which front ends of a model of this server have met, the highest version first.
+
+    For those who know neither the version nor the configuration.
+    """
+    found = []
+    base = base_for(runtime_dir)
+    for path in base.glob(f"{server_pid}-*/{_SERVED}"):
+        try:
+            served = json.loads(path.read_text())
+        except (OSError, ValueError):  # removed meanwhile
+            continue
+        if served["model"] == model and served["server"] == _server(server_pid):
+            found.append((int(served["version"]), path.parent))
+    if found and not _is_private(base):  # somebody else may have put them there
+        return []
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _server(pid: int) -> str:
+    """A process that no other is, was or will be on this machine."""
+    return f"{start_time(pid)} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def address(folder: Path) -> str:
+    """Of the engine whose runtime folder this is."""
+    return f"ipc://{folder / _SOCKET}"
 
 
 class RuntimeFolder:
@@ -47,9 +82,15 @@ class RuntimeFolder:
         self._members = self._join()
         self._leader: int | None = None
 
+    def announce(self, model: str, version: str, server_pid: int) -> None:
+        """Says in the folder whose it is, for `find`."""
+        temporary = self.path / f"{_SERVED}.{os.getpid()}"
+        temporary.write_text(json.dumps({"model": model, "version": version, "server": _server(server_pid)}))
+        temporary.replace(self.path / _SERVED)
+
     @property
     def socket(self) -> Path:
-        return self.path / "engine.sock"
+        return self.path / _SOCKET
 
     @property
     def leads(self) -> bool:
@@ -107,9 +148,13 @@ def _lock(path: Path, kind: int) -> int | None:
 def _make_private(base: Path) -> None:
     """The system's temporary folder is everybody's: another user's folder, or a link of theirs, is not trusted."""
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = os.lstat(base)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not os.path.isdir(base) or base.is_symlink():
+    if not _is_private(base):
         raise invalid("runtime_dir", f"{base} must be a folder that belongs to and is writable by this user alone")
+
+
+def _is_private(base: Path) -> bool:
+    status = os.lstat(base)
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and base.is_dir() and not base.is_symlink()
 
 
 def _sweep(base: Path) -> None:

@@ -19,6 +19,7 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend import runtime
 from multilora_backend.frontend.engine_process import EngineProcess
 from multilora_backend.frontend.link import Link
+from multilora_backend.frontend.listener import Listener
 from multilora_backend.frontend.metrics import Metrics
 from multilora_backend.frontend.outbox import Delivery, Outbox, Outcome, Sender
 from multilora_backend.frontend.request import RawRequest, parse
@@ -34,8 +35,8 @@ PARSE_THREADS = 2
 DRAIN_S = 5.0
 
 
-class Service:
-    """One front end. Implements link.Listener and outbox.Observer."""
+class Service(Listener):
+    """One front end. Implements outbox.Observer as well."""
 
     def __init__(
         self, config: Config, *, model: str, version: str, instance: str, server_pid: int, environ: Mapping[str, str]
@@ -52,6 +53,7 @@ class Service:
         self._outbox = Outbox(self)
         self._pool = ThreadPoolExecutor(PARSE_THREADS, thread_name_prefix="parse")
         folder = runtime.RuntimeFolder(runtime.folder_for(config, model, version, server_pid))
+        folder.announce(model, version, server_pid)
         engine = EngineProcess(config, folder, server_pid, environ)
         self._link = Link(engine, Hello(f"{instance}-{os.getpid()}", os.getpid(), server_pid), self)
 

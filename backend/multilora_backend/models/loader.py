@@ -43,10 +43,7 @@ class LoadedModel:
 def load_model(config: Config) -> LoadedModel:
     """Loads `config.model` for ragged paged batches. Raises MultiloraError with the reason if it cannot be served."""
     folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise invalid("model", f"{folder} holds no config.json")
-    hf = AutoConfig.from_pretrained(folder, local_files_only=True)
-    _refuse(hf)
+    hf = _read_config(folder)
     device = _device(config)
     dtype = _dtype(config, hf, device)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -65,10 +62,20 @@ def load_model(config: Config) -> LoadedModel:
     module.eval().requires_grad_(False)
     module.to(device)
     sites = fuse_checked(module, hf.vocab_size, config.block_size, device)
-    limit = int(hf.max_position_embeddings)
-    if config.max_model_len > limit:
-        raise invalid("max_model_len", f"must be at most {limit}, the model's max_position_embeddings")
-    return LoadedModel(module, hf, sites, config.max_model_len or limit, _eos(folder, hf), dtype, device)
+    return LoadedModel(module, hf, sites, _max_model_len(config, hf), _eos(folder, hf), dtype, device)
+
+
+def outline(config: Config, device: torch.device) -> LoadedModel:
+    """The model as `load_model` would have it on that device, in everything but its weights: they have shapes only.
+
+    Raises MultiloraError as `load_model` does, as far as that can be known without weights.
+    """
+    folder = Path(config.model)
+    hf = _read_config(folder)
+    dtype = _dtype(config, hf, device)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation=attention.NAME)
+    return LoadedModel(module, hf, fuse(module), _max_model_len(config, hf), _eos(folder, hf), dtype, device)
 
 
 def fuse_checked(module: Any, vocab_size: int, page_size: int, device: torch.device) -> list[LoraSite]:
@@ -156,6 +163,21 @@ def _probe(module: nn.Module, ids: Tensor, page_size: int, device: torch.device)
     positions = torch.from_numpy(batch.positions).to(device)[None]
     with torch.inference_mode(), context.step(context.StepContext(backend, NoLora(), write_slots)):
         return module(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise invalid("model", f"{folder} holds no config.json")
+    hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    _refuse(hf)
+    return hf
+
+
+def _max_model_len(config: Config, hf: PretrainedConfig) -> int:
+    limit = int(hf.max_position_embeddings)
+    if config.max_model_len > limit:
+        raise invalid("max_model_len", f"must be at most {limit}, the model's max_position_embeddings")
+    return config.max_model_len or limit
 
 
 def _refuse(hf: PretrainedConfig) -> None:

@@ -69,6 +69,7 @@ class PageTable:
             self._hold(page)
         sequence.page_hashes = hashes
         sequence.pages = found
+        sequence.num_published = len(found)
         sequence.num_computed = sequence.num_cached = len(found) * self.page_size
         self.queries += sequence.num_tokens
         self.hits += sequence.num_cached
@@ -89,13 +90,16 @@ class PageTable:
         """Makes the sequence's full, computed pages findable. Call it when the step that filled them is done."""
         if not self.caching:
             return
-        full = sequence.num_computed // self.page_size
+        first, full = sequence.num_published, sequence.num_computed // self.page_size
+        if full <= first:
+            return
         if full > len(sequence.page_hashes):
             sequence.page_hashes = self._chain(sequence, root, full)
-        for page, digest in zip(sequence.pages[:full], sequence.page_hashes[:full], strict=True):
+        for page, digest in zip(sequence.pages[first:full], sequence.page_hashes[first:full], strict=True):
             if page not in self._hash_of and digest not in self._page_of:
                 self._hash_of[page] = digest
                 self._page_of[digest] = page
+        sequence.num_published = full
 
     def release(self, sequence: Sequence) -> None:
         """Takes all pages back. The last pages go first, so that beginnings stay findable longest."""
@@ -107,7 +111,7 @@ class PageTable:
                     self._free.move_to_end(page, last=False)
         sequence.pages = []
         sequence.page_hashes = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_published = 0
 
     def check(self) -> None:
         """Raises RuntimeError if the books do not balance. Called when the engine is idle, and by tests."""

@@ -1,61 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order waiting sequences are admitted. A policy is a pure function of a snapshot.
+"""Who is next: the four strategies, their settings, and how they compose. Pure functions of a line and the time.
 
-It only ranks: what fits (pages, tokens, adapter slots) is the scheduler's business.
+Admission, where a seat in the batch is free and the adapter is there, goes by `rank`: classes by their counters
+(priority), then tenants and their adapters by theirs (fair share), late requests first among a tenant's. Adapter
+slots, where there are fewer than adapters, go by `due`: whoever has waited longest, in units that the class scales
+(adapter-first, with aging). Preloading orders nothing; see `scheduling.preload`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from multilora_backend.core import Sequence
+from multilora_backend.core import adapter_name
+from multilora_backend.errors import invalid
 
+if TYPE_CHECKING:
+    from multilora_backend.config import Config
+    from multilora_backend.scheduling.lines import Line
+    from multilora_backend.scheduling.tenants import SlaClass, Tenant
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a policy may look at."""
-
-    now: float
-    """Seconds, on the clock of `Sequence.arrival`."""
-    resident: Collection[str]
-    """Names of the adapters that are ACTIVE."""
-
-
-class Policy(Protocol):
-    def order(self, waiting: Iterable[Sequence], snapshot: Snapshot) -> list[Sequence]:
-        """The waiting sequences, the next to admit first."""
-        ...
-
-    def overdue(self, sequence: Sequence, snapshot: Snapshot) -> bool:
-        """True if no sequence of another adapter may take a slot before this one any more."""
-        ...
+STRATEGIES = ("adapter_first", "fair_share", "priority", "preload")
+URGENT_S = 0.5
+"""So long before its deadline a request goes first among its tenant's."""
 
 
 @dataclass(frozen=True)
-class FirstCome:
-    """Larger priority first, then first come, first served; nobody is ever overtaken within a priority."""
+class Policy:
+    """The strategies that are on, and their settings. With none of them it is first come, first served."""
 
-    def order(self, waiting: Iterable[Sequence], snapshot: Snapshot) -> list[Sequence]:
-        return sorted(waiting, key=lambda s: (-s.priority, s.arrival))
+    adapter_first: bool = True
+    """Without it, residents overtake nobody: a request is overdue as soon as it comes."""
+    fair_share: bool = True
+    priority: bool = True
+    preload: bool = True
+    max_overtake_s: float = 2.0
+    """How long requests of resident adapters may overtake one whose adapter must be loaded, in a class of weight 1."""
+    tenure_s: float = 2.0
+    """How long an adapter may keep its slot when one that is overdue has none."""
+    input_weight: float = 1.0
+    """Service of a prompt token."""
+    output_weight: float = 2.0
+    """Service of an output token: VTC's weights, from how long they take."""
 
-    def overdue(self, sequence: Sequence, snapshot: Snapshot) -> bool:
-        return True
+    @classmethod
+    def from_config(cls, config: Config) -> Policy:
+        """Raises MultiloraError if `strategies` names an unknown one."""
+        named = [name.strip() for name in config.strategies.split(",") if name.strip()]
+        unknown = [name for name in named if name not in STRATEGIES]
+        if unknown:
+            raise invalid("strategies", f"unknown {', '.join(unknown)}; known are {', '.join(STRATEGIES)}")
+        return cls(
+            **{name: name in named for name in STRATEGIES},
+            max_overtake_s=config.max_overtake_s,
+            tenure_s=config.tenure_s,
+            input_weight=config.fair_input_weight,
+            output_weight=config.fair_output_weight,
+        )
+
+    def accounts(self, sla: SlaClass, tenant: Tenant, adapter: str) -> list[tuple[str, float]]:
+        """Names and weights of the accounts that a line's service is charged to, from the top."""
+        levels = [(sla.name, sla.weight)] if self.priority else []
+        if self.fair_share:
+            levels += [(tenant.name, tenant.weight), (adapter_name(adapter), 1.0)]
+        return levels
+
+    def rank(self, line: Line, now: float) -> tuple[float, ...]:
+        """Smaller is admitted sooner. Of a line with something waiting; its head is meant."""
+        head, path = line.head, line.path
+        late = head.started is not None or head.deadline - now > URGENT_S
+        if self.priority and self.fair_share:
+            group, tenant, adapter = path
+            return group.served, -group.weight, tenant.served, late, adapter.served, head.arrival
+        if self.fair_share:
+            tenant, adapter = path
+            return tenant.served, late, adapter.served, head.arrival
+        if self.priority:
+            return path[0].served, -path[0].weight, late, head.arrival
+        return (head.arrival,)
+
+    def due(self, line: Line, left: float) -> float:
+        """When a line becomes overdue for an adapter slot; the smallest gets the next one.
+
+        `left` is when its adapter last lost its slot, -inf if it did not lately. What was paused then waits since then.
+        What has never run waits since it came, but at most `seniority_s` longer than that: however old the requests
+        are that somebody has flooded us with, the adapters of others have their turns.
+        """
+        overtake = self.max_overtake_s / self.weight(line) if self.adapter_first else 0.0
+        due = math.inf
+        if len(line.fresh) < len(line.waiting):
+            due = max(line.head.arrival, left) + overtake
+        if line.fresh:
+            oldest = next(iter(line.fresh.values()))
+            due = min(due, max(oldest.arrival, left - self.seniority_s) + overtake, oldest.deadline)
+        return due
+
+    @property
+    def seniority_s(self) -> float:
+        return 2 * self.tenure_s
+
+    def weight(self, line: Line) -> float:
+        return line.sla.weight if self.priority else 1.0
 
 
-@dataclass(frozen=True)
-class AdapterFirst:
-    """Within a priority, sequences that need no load go first, until one has waited `max_overtake_s`."""
-
-    max_overtake_s: float
-
-    def order(self, waiting: Iterable[Sequence], snapshot: Snapshot) -> list[Sequence]:
-        def key(s: Sequence) -> tuple[int, bool, bool, float]:
-            loaded = not s.adapter or s.adapter in snapshot.resident
-            return -s.priority, not self.overdue(s, snapshot), not loaded, s.arrival
-
-        return sorted(waiting, key=key)
-
-    def overdue(self, sequence: Sequence, snapshot: Snapshot) -> bool:
-        return snapshot.now - sequence.arrival >= self.max_overtake_s
+NEVER = -math.inf

@@ -1,51 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous batching: which sequences run in the next step, and how many tokens of each.
 
-A step serves, within its token budget: one token of every sequence that decodes, then further chunks of
-prompts in progress, then newly admitted sequences. When pages run out, the sequences that are last in that
-order give theirs back and are computed again later (preemption by recompute).
+A step serves, within its token budget: one token of every sequence that decodes, then further chunks of prompts in
+progress, then newly admitted sequences. Which adapters take part is decided before that (`scheduling.turns`).
+
+Two things stop a running sequence. When its adapter is turned out it is *paused*: it gives its lease back and keeps
+its pages, so that going on costs nothing. When pages run out they are taken from paused sequences first, the newest
+pause first, then from the running ones that are last in the order of service (*preempted*); what has lost its pages
+is computed again.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Protocol
+import heapq
+from collections.abc import Iterator
 
-from multilora_backend.adapters.state import AdapterState
-from multilora_backend.core import FinishReason, Sequence, SequenceStatus, Slot, StepPlan
+from multilora_backend.core import FinishReason, Sequence, Slot, StepPlan, adapter_name
+from multilora_backend.errors import invalid
+from multilora_backend.scheduling.batch import advance, in_order
+from multilora_backend.scheduling.interface import Adapters
+from multilora_backend.scheduling.lines import Key, Line
 from multilora_backend.scheduling.pages import PageTable
-from multilora_backend.scheduling.policy import Policy, Snapshot
+from multilora_backend.scheduling.policy import Policy
+from multilora_backend.scheduling.preload import Preloader
+from multilora_backend.scheduling.sequences import Sequences
+from multilora_backend.scheduling.tenants import Tenants
 
-if TYPE_CHECKING:
-    from multilora_backend.adapters.manager import Lease
-
-
-class Adapters(Protocol):
-    """What the scheduler needs of the adapter manager. Nothing here may block."""
-
-    def request(self, name: str, protect: Collection[str] = ()) -> AdapterState:
-        """Asks for an adapter to become ACTIVE. Room is never made by evicting one of `protect`."""
-        ...
-
-    def waits_for_room(self, name: str) -> bool:
-        """True if the adapter cannot be loaded before leases of others are given back."""
-        ...
-
-    def lease(self, name: str) -> Lease | None: ...
-
-    def release(self, lease: Lease) -> None: ...
-
-    def resident(self) -> Collection[str]:
-        """Names of the ACTIVE adapters."""
-        ...
+NO_TENANTS = Tenants()
 
 
 class Scheduler:
     """Owns every sequence from `add` to `finish`. One thread; time comes in as an argument."""
-
-    # Waiting sequences looked at in a step: admission stays O(1) in the length of a long queue.
-    LOOKAHEAD = 1024
 
     def __init__(
         self,
@@ -56,149 +41,157 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_loras: int = 0,
+        tenants: Tenants = NO_TENANTS,
     ) -> None:
         """`max_loras` bounds the different adapters in one step; 0 is no bound."""
         self.pages = pages
-        self.adapters = adapters
         self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_loras = max_loras
-        self.waiting: dict[tuple[str, int, int], Sequence] = {}
-        self.running: dict[tuple[str, int, int], Sequence] = {}
-        self.preemptions = 0
-        self._running_adapters: Counter[str] = Counter()
+        self._sequences = Sequences(pages, adapters, policy, tenants, max_loras)
+        self._memory = self._sequences.memory
+        self._preloader = Preloader(adapters, policy.preload)
+        self._now = 0.0
+        self.lines, self.turns = self._sequences.lines, self._sequences.turns
+        self.waiting: dict[Key, Sequence] = self._sequences.waiting
+        """What does not run: new, preempted and paused."""
+        self.running: dict[Key, Sequence] = self._sequences.running
+        """In order of admission."""
+        self.paused: dict[Key, Sequence] = self._memory.paused
+        """Those of the waiting ones that were paused and still hold their pages, oldest pause first."""
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence lost its pages."""
+        return self._memory.losses
+
+    @property
+    def pauses(self) -> int:
+        return self._sequences.pauses
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def find(self, key: tuple[str, int, int]) -> Sequence | None:
+    def find(self, key: Key) -> Sequence | None:
         return self.running.get(key) or self.waiting.get(key)
 
+    def waiting_for(self, adapter: str) -> list[Sequence]:
+        """What does not run, of one adapter."""
+        return [s for line in self.lines.waiting_by_adapter.get(adapter, ()) for s in line.waiting.values()]
+
+    def check(self, tenant: str, adapter: str, count: int) -> None:
+        """Raises MultiloraError if the tenant may not use the adapter, or have so many more sequences wait."""
+        quota = self.lines.quota(tenant, self._now)
+        if not quota.tenant.may_use(adapter_name(adapter)):
+            raise invalid("lora_name", f"tenant {tenant!r} may not use {adapter_name(adapter)!r}")
+        quota.check(count)
+
     def add(self, sequence: Sequence) -> None:
-        self.waiting[sequence.key] = sequence
+        self._now = max(self._now, sequence.arrival)
+        self._sequences.add(sequence, self._now)
+        # What a tenant may have on the device at once is not spent on predictions.
+        if sequence.adapter and not self.lines.quota(sequence.tenant, self._now).tenant.adapter_bytes:
+            self._preloader.arrivals.add(sequence.adapter, self._now)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence in any state and takes back what it holds."""
-        if sequence.status is SequenceStatus.RUNNING:
-            self._stop_running(sequence)
-        else:
-            del self.waiting[sequence.key]
-        sequence.transition(SequenceStatus.FINISHED, reason)
+        self._sequences.finish(sequence, reason)
 
-    def waiting_for(self, adapter: str) -> list[Sequence]:
-        return [s for s in self.waiting.values() if s.adapter == adapter]
+    def reassign(self, sequence: Sequence, adapter: str) -> None:
+        """A waiting sequence is to use another revision, whose key is given. What was computed with the old is lost."""
+        self._sequences.reassign(sequence, adapter, self._now)
+
+    def next_event(self) -> float:
+        """When a tenant that has used up a cap may go on: what else changes a plan is a message or an adapter."""
+        return self.lines.next_event(self._now)
 
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step. Computed tokens are counted here, before they are computed."""
+        self._now = now
+        if self.waiting or self.turns.holders:
+            seats = len(self.running) < self.max_num_seqs
+            self.turns.take(now, seats, lambda turn: self._sequences.pause(turn, now))
         slots, preempted, budget = self._continue_running()
         if not preempted and budget > 0 and self.waiting:
-            slots += self._admit(budget, now)
+            self._admit(slots, budget, now)
+        self.lines.charge_sampled(now)
+        if not self.turns.wanting:  # those who wait already come first
+            self._preloader.look(now, self.lines.waiting_by_adapter, self.turns.holders)
         return StepPlan(tuple(slots), tuple(preempted))
 
     def publish(self, plan: StepPlan) -> None:
         """After a step: what it computed can be found by other sequences."""
         for slot in plan.slots:
-            if slot.sequence.status is SequenceStatus.RUNNING:
-                self.pages.publish(slot.sequence, _root(slot.sequence))
+            if slot.sequence.pages:
+                self.pages.publish(slot.sequence, slot.sequence.root)
 
     def _continue_running(self) -> tuple[list[Slot], list[Sequence], int]:
         budget = self.max_num_batched_tokens
         slots: list[Slot] = []
         preempted: list[Sequence] = []
-        # Stable sort: within a class the order of admission stays, so the newest is preempted first.
-        # Without those whose last token is on its way: nothing is left to compute, and their pages come back anyway.
-        queue = deque(
-            sorted(
-                (s for s in self.running.values() if not s.complete),
-                key=lambda s: (s.num_tokens - s.num_computed > 1, -s.priority),
-            )
-        )
-        while queue and budget > 0:
-            sequence = queue.popleft()
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
-            while not self.pages.extend(sequence, sequence.num_computed + count):
-                victim = queue.pop() if queue else sequence
-                self._preempt(victim)
+        by_class = self.policy.priority and self._sequences.classes_differ
+        queue = in_order(self.running.values(), by_class=by_class)
+        at, end, size = 0, len(queue), self.pages.page_size
+        while at < end and budget > 0:
+            sequence = queue[at]
+            at += 1
+            # The table is asked only for pages that are missing: this loop is most of what a step costs the host.
+            count = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            stop = sequence.num_computed + count
+            while stop > len(sequence.pages) * size and not self.pages.extend(sequence, stop):
+                if self._memory.take_back_newest():
+                    continue
+                end -= 1
+                victim = queue[end] if end >= at else sequence
+                self._sequences.preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
                     break
             else:
-                slots.append(_advance(sequence, count))
+                slots.append(advance(sequence, count))
                 budget -= count
         return slots, preempted, budget
 
-    def _admit(self, budget: int, now: float) -> list[Slot]:
-        slots: list[Slot] = []
-        snapshot = Snapshot(now, self.adapters.resident())
-        # An overdue sequence that found no adapter slot reserves the next one: until then only sequences of the
-        # base model are admitted, so running adapters drain instead of being refilled forever.
-        draining = False
-        soon: set[str] = set(self._running_adapters)
-        for sequence in self.policy.order(self.waiting.values(), snapshot)[: self.LOOKAHEAD]:
-            if budget == 0 or len(self.running) >= self.max_num_seqs:
-                break
-            if sequence.adapter:
-                if draining:
-                    continue  # not even a request: it could take the room that is being drained for
-                state = self._request(sequence, soon)
-                soon.add(sequence.adapter)
-                no_slot = self.adapters.waits_for_room(sequence.adapter) or self._batch_full(sequence)
-                draining |= no_slot and self.policy.overdue(sequence, snapshot)
-                if no_slot or state is not AdapterState.ACTIVE:
-                    continue
-                sequence.lease = self.adapters.lease(sequence.adapter)
-            self.pages.admit(sequence, _root(sequence))
+    def _admit(self, slots: list[Slot], budget: int, now: float) -> None:
+        if len(self.running) >= self.max_num_seqs:
+            return
+        heads = [(self.policy.rank(line, now), number, line) for number, line in enumerate(self._ready(now))]
+        heapq.heapify(heads)
+        while heads and budget > 0 and len(self.running) < self.max_num_seqs:
+            before, number, line = heads[0]
+            rank = self.policy.rank(line, now)
+            if rank > before:  # what was admitted meanwhile has been charged to its tenant or class
+                heapq.heapreplace(heads, (rank, number, line))
+                continue
+            sequence = line.head
+            if (line.quota.capped and line.quota.delay(now)) or not self._sequences.lease(sequence):
+                heapq.heappop(heads)
+                continue
+            if not sequence.pages:
+                self.pages.admit(sequence, sequence.root)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
-            if not self.pages.extend(sequence, sequence.num_computed + count):
-                self._give_back(sequence)
+            # Paused sequences lose their pages only so that every turn gets anywhere. Otherwise each turn would begin
+            # by computing again what the turn before has thrown away.
+            turn = self.turns.holders.get(sequence.adapter)
+            first = not self.running or (turn is not None and not turn.sequences)
+            if not self._memory.extend(sequence, sequence.num_computed + count, take_back=first):
+                self._sequences.back_out(sequence)
                 break
-            del self.waiting[sequence.key]
-            self.running[sequence.key] = sequence
-            self._running_adapters.update([sequence.adapter] if sequence.adapter else [])
-            sequence.transition(SequenceStatus.RUNNING)
-            slots.append(_advance(sequence, count))
+            self._sequences.start(sequence, now)
+            slots.append(advance(sequence, count))
             budget -= count
-        return slots
+            if line.waiting:
+                heapq.heapreplace(heads, (self.policy.rank(line, now), number, line))
+            else:
+                heapq.heappop(heads)
 
-    def _request(self, sequence: Sequence, protect: Collection[str]) -> AdapterState:
-        state = self.adapters.request(sequence.adapter, protect)
-        if state is not AdapterState.ACTIVE and sequence.status is SequenceStatus.WAITING:
-            sequence.transition(SequenceStatus.WAITING_ADAPTER)
-        return state
-
-    def _batch_full(self, sequence: Sequence) -> bool:
-        """True if one more adapter in the batch would exceed max_loras."""
-        used = self._running_adapters
-        return bool(self.max_loras) and sequence.adapter not in used and len(used) >= self.max_loras
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._stop_running(sequence)
-        sequence.transition(SequenceStatus.WAITING)
-        self.waiting[sequence.key] = sequence
-        self.preemptions += 1
-
-    def _stop_running(self, sequence: Sequence) -> None:
-        del self.running[sequence.key]
-        if sequence.adapter:
-            self._running_adapters[sequence.adapter] -= 1
-            self._running_adapters += Counter()  # drops the names that reached zero
-        self._give_back(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pages.release(sequence)
-        if sequence.lease is not None:
-            self.adapters.release(sequence.lease)
-            sequence.lease = None
-
-
-def _root(sequence: Sequence) -> bytes:
-    """The adapter version that a sequence's KV depends on; empty for the base model."""
-    return sequence.lease.version.encode() if sequence.lease is not None else b""
-
-
-def _advance(sequence: Sequence, count: int) -> Slot:
-    start = sequence.num_computed
-    sequence.num_computed += count
-    return Slot(sequence, start, count, samples=sequence.num_computed == sequence.num_tokens)
+    def _ready(self, now: float) -> Iterator[Line]:
+        """Lines that may admit: of the base model, and of adapters that have a slot and need not give it up."""
+        waiting = self.lines.waiting_by_adapter
+        adapters = [turn.adapter for turn in self.turns.holders.values() if not turn.closing]
+        for adapter in ("", *adapters):
+            for line in waiting.get(adapter, ()):
+                if not line.quota.capped or not line.quota.delay(now):
+                    yield line

@@ -10,33 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from multilora_backend import config
-from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+from multilora_backend.errors import MultiloraError
+from multilora_backend.frontend import bridge
 from multilora_backend.frontend.interface import INPUTS, OUTPUTS
 
 log = logging.getLogger("multilora_backend")
-
-
-class TritonSender:
-    """outbox.Sender over pb_utils. The outbox's thread alone calls it."""
-
-    def __init__(self, sender: Any) -> None:
-        self._sender = sender
-
-    def send(self, tensors: dict[str, np.ndarray], final: bool) -> None:
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
-
-    def fail(self, error: MultiloraError) -> None:
-        code = getattr(pb_utils.TritonError, error.code.value)
-        response = pb_utils.InferenceResponse([], pb_utils.TritonError(error.text, code))
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
 
 
 class TritonPythonModel:
@@ -83,33 +64,24 @@ class TritonPythonModel:
         except MultiloraError as error:
             raise pb_utils.TritonModelException(error.message) from error
         if settings.report_custom_metrics:
-            self._report_metrics(name, version, card.max_model_len)
+            budgets = {"adapters": settings.metrics_adapters, "tenants": settings.metrics_tenants}
+            self._report_metrics(name, version, card.max_model_len, budgets)
 
-    def _report_metrics(self, name: str, version: str, max_model_len: int) -> None:
+    def _report_metrics(self, name: str, version: str, max_model_len: int, budgets: dict[str, int]) -> None:
         from multilora_backend.frontend.metrics import Metrics
 
         try:
-            self._service.report(Metrics(pb_utils.MetricFamily, name, version, max_model_len))
+            self._service.report(Metrics(pb_utils.MetricFamily, name, version, max_model_len, **budgets))
         except pb_utils.TritonModelException as error:
             log.warning("no custom metrics: %s", error)
 
     def execute(self, requests: list[Any]) -> None:
         """Returns at once; all answers come from the outbox's thread."""
         for request in requests:
-            sender = TritonSender(request.get_response_sender())
-            try:
-                # Copied, since an array of numbers is a view of shared memory that goes when the request does.
-                tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
-                raw = self._raw_request(tensors, json.loads(request.parameters() or "{}"))
-            except (pb_utils.TritonModelException, ValueError) as error:
-                self._service.refuse(sender, invalid("request", f"cannot be read: {error}"))
-                continue
-            except Exception as error:  # one unreadable request must not fail the others of this call
-                log.exception("a request could not be read")
-                problem = f"the request could not be read: {error}"
-                self._service.refuse(sender, MultiloraError(ErrorCode.INTERNAL, problem))
-                continue
-            self._service.handle(raw, sender)
+            read = bridge.read(pb_utils, request, self._service.refuse)
+            if read is not None:
+                tensors, parameters, sender = read
+                self._service.handle(self._raw_request(tensors, parameters), sender)
 
     def is_ready(self) -> bool:
         """Asked by a Python backend newer than 24.10: a model whose engine is being started again is not ready."""

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from multilora_backend.adapters.cache import fetch
 from multilora_backend.adapters.catalogue import Catalogue, name_problem
+from multilora_backend.adapters.peft import fingerprint
+from multilora_backend.adapters.sources import Roots
 from multilora_backend.errors import ErrorCode, MultiloraError
 
 
@@ -74,6 +77,45 @@ def test_files_keep_their_order_and_are_relative_to_themselves(file, text, tmp_p
     assert catalogue.path("doll") == Path("/abs/doll")
 
 
+def test_what_a_file_may_say_of_an_adapter(tmp_path):
+    sha256 = "0123456789abcdef" * 4
+    file = written(
+        tmp_path,
+        "a.yaml",
+        f"""
+        plain: weights
+        hub: hf:acme/lora@v2
+        all: {{source: "s3://bucket/x", pinned: true, tenants: [gold, "silver-*"], sha256: {sha256}}}
+        """,
+    )
+    roots = Roots.for_operator("hf:acme, s3://bucket", file)
+    folders(tmp_path, "weights/adapter_config.json")
+    plain, hub, full = Catalogue.read(file, roots).entries
+    assert (plain.source.path, plain.pinned, plain.tenants) == (tmp_path / "weights", False, ())
+    assert plain.fingerprint == fingerprint(tmp_path / "weights")
+    assert (hub.source.text, hub.fingerprint) == ("hf:acme/lora@v2", None)
+    assert (full.name, full.source.text, full.source.sha256) == ("all", "s3://bucket/x", sha256)
+    assert (full.pinned, full.tenants) == (True, ("gold", "silver-*"))
+
+
+def test_a_folder_outside_of_the_roots_is_an_error_for_a_file(tmp_path):
+    file = written(tmp_path, "a.yaml", "x: /elsewhere/x")
+    assert Catalogue.read(file).names() == ["x"]
+    with pytest.raises(MultiloraError, match=r"'x': source: '/elsewhere/x' is not below any of adapter_roots"):
+        Catalogue.read(file, Roots.for_operator("/srv", file))
+
+
+def test_links_of_a_folder_are_listed_and_confined(tmp_path):
+    folders(tmp_path, "adapters/a/adapter_config.json", "elsewhere/adapter_config.json")
+    (tmp_path / "adapters" / "b").symlink_to("../elsewhere")
+    (tmp_path / "adapters" / "dangling").symlink_to("nowhere")
+    catalogue = Catalogue.read(str(tmp_path / "adapters"))
+    assert catalogue.names() == ["a", "b"]
+    assert {entry.source.inside for entry in catalogue.entries} == {(tmp_path / "adapters",)}
+    with pytest.raises(MultiloraError, match="outside of adapter_roots"):
+        fetch(catalogue.entries[1].source, tmp_path, 10**9)
+
+
 @pytest.mark.parametrize(("file", "text"), [("a.yaml", ""), ("a.json", "{}"), ("a.yaml", "adapters: []")])
 def test_no_adapters_yet(file, text, tmp_path):
     catalogue = Catalogue.read(written(tmp_path, file, text))
@@ -91,19 +133,27 @@ def test_an_adapter_may_be_called_adapters(tmp_path):
         ("a.yaml", "x: a\nx: b", "'x' occurs twice"),
         ("a.json", '{"x": "a", "x": "b"}', "'x' occurs twice"),
         ("a.yaml", "adapters:\n- {name: x, path: a}\n- {name: x, path: b}", "'x' occurs twice"),
-        ("a.yaml", "adapters:\n- {name: x, path: a, rank: 3}", "a name and a path and nothing else"),
-        ("a.yaml", "adapters: [x]", "a name and a path and nothing else"),
+        ("a.yaml", "adapters:\n- {name: x, path: a, rank: 3}", "unknown key 'rank'"),
+        ("a.yaml", "adapters: [x]", "must have a name and a source"),
         ("a.yaml", "adapters: []\nroot: /x", "unknown key 'root'"),
-        ("a.yaml", "12: a", "name and path must be strings, got 12"),
-        ("a.yaml", "x: [a]", "name and path must be strings"),
-        ("a.yaml", "x:", "name and path must be strings"),
-        ("a.yaml", "- x", "must map names to folders"),
+        ("a.yaml", "12: a", "12: name and source must be strings"),
+        ("a.yaml", "x: [a]", "name and source must be strings"),
+        ("a.yaml", "x:", "name and source must be strings"),
+        ("a.yaml", "- x", "must map names to sources"),
         ("a.yaml", "x: [", "a.yaml"),
         ("a.yaml", "? [1, 2]\n: a", "a.yaml"),
         ("a.yaml", "x: !!python/object/apply:os.getcwd []", "a.yaml"),
         ("a.json", "{", "a.json"),
         ("a.json", "[" * 100_000, "a.json"),
         ("a.yaml", "../x: a", "must not contain"),
+        ("a.yaml", "x: {pinned: true}", "'x': needs a source"),
+        ("a.yaml", "x: {path: a, source: b}", "'x': needs a source"),
+        ("a.yaml", "x: {source: a, pinned: 1}", "'x': pinned must be true or false, got 1"),
+        ("a.yaml", "x: {source: a, tenants: t}", "'x': tenants must be a list of different names, got 't'"),
+        ("a.yaml", "x: {source: a, tenants: [t, t]}", "'x': tenants must be a list of different names"),
+        ("a.yaml", "x: {source: a, sha256: 12}", "'x': sha256 must be a string, got 12"),
+        ("a.yaml", "x: {source: a, sha256: abc}", "'x': sha256: must be 64 hexadecimal digits"),
+        ("a.yaml", "x: hf:acme/lora", "'x': source: 'hf:acme/lora' is not below any of adapter_roots"),
         ("a.json", json.dumps({"a" * 129: "a"}), "1 to 128 characters"),
     ],
 )

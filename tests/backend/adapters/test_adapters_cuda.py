@@ -54,6 +54,23 @@ def holds(pool: DevicePool, weights: AdapterWeights, rank_start: int) -> bool:
     return equal
 
 
+@pytest.mark.parametrize("to", [0, 8, 48])
+def test_a_move_waits_for_nothing_and_steps_see_the_adapter_where_it_was_at_their_launch(to):
+    pool, weights = DevicePool(SITES, STAGED, DTYPE, "cuda"), random_weights(1, 24, set(range(len(SITES))))
+    transfer = pool.write(weights, slot=1, rank_start=16)
+    torch.cuda.synchronize()
+    assert transfer.done()
+    torch.cuda._sleep(BUSY_CYCLES)
+    before = pool.b[0][16:40].clone()
+    begin = time.monotonic()
+    pool.move(1, to)
+    assert time.monotonic() - begin < 0.1
+    after = pool.b[0][to : to + 24].clone()
+    torch.cuda.synchronize()
+    assert torch.equal(before, after)
+    assert holds(pool, weights, to)
+
+
 @pytest.mark.parametrize("budget", [STAGED, UNSTAGED])
 def test_writes_do_not_wait_for_steps_and_steps_see_what_they_were_launched_with(budget):
     before = torch.cuda.memory_allocated()
@@ -115,13 +132,13 @@ def test_active_only_when_arrived():
     manager.request("b")
     bench.loader.run()
     torch.cuda._sleep(BUSY_CYCLES)
-    assert manager.poll() == []
+    assert not manager.poll().failed
     assert bench.state("b") is AdapterState.LOADING
     assert manager.transferring
     assert manager.lease("b") is None
     assert list(manager.resident()) == ["a"]
     torch.cuda.synchronize()
-    assert manager.poll() == []
+    assert not manager.poll().failed
     assert not manager.transferring
     lease = manager.lease("b")
     for name, own in (("a", held), ("b", lease)):

@@ -76,7 +76,7 @@ def running(folder: Path) -> tuple[list[LoraSite], BaseModel]:
 def test_every_linear_gives_what_pefts_gives(form, folder, running, tmp_path):
     sites, base = running
     save_trained(folder, tmp_path, **FORMS[form])
-    plan = check_adapter(tmp_path, sites, base)
+    plan = check_adapter(tmp_path, sites, base=base)
     weights = read_adapter(tmp_path, sites, torch.float32, base=base)
     assert weights.extras_bytes == plan.extras_bytes
     assert weights.nbytes == 4 * plan.numel + plan.extras_bytes
@@ -232,7 +232,7 @@ def test_a_row_that_lora_cancels_cannot_be_scaled(running):
 def test_combinations_that_peft_refuses(fields, match, folder, running, tmp_path, change):
     sites, base = running
     with pytest.raises(MultiloraError, match=match):
-        check_adapter(change(save_trained(folder, tmp_path), **fields), sites, base)
+        check_adapter(change(save_trained(folder, tmp_path), **fields), sites, base=base)
     with pytest.raises((ValueError, TypeError)):
         peft.get_peft_model(make_base(True), peft.LoraConfig(target_modules=["q_proj"], **fields))
 

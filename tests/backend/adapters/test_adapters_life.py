@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random lives of many adapters: whatever is requested, leased, broken and mended, nothing leased ever moves."""
+"""Random lives of many adapters under traffic and commands: whatever happens, nobody gets anything but his own."""
 
 from __future__ import annotations
 
@@ -8,60 +8,140 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from adapter_bench import Bench, weights_of
-from multilora_backend.adapters.manager import Lease
+from adapter_bench import BYTES_PER_RANK, Bench, version_of, weights_of
+from adapter_holders import Holder, Holders
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.errors import MultiloraError
 
-NAMES = [f"a{i}" for i in range(7)]
-names = st.sampled_from(NAMES)
-contents = st.integers(1, 40) | st.just("broken")
+FOLDERS = ("a", "b", "c", "d", "e")
+CONFIGURED, LOADED, ALIASES = FOLDERS[:3], ("x", "y"), ("prod", "blue")
 RANKS = 32
+names = st.sampled_from([*CONFIGURED, *LOADED])
+folders = st.sampled_from(FOLDERS)
+contents = st.integers(1, 40) | st.sampled_from(["broken", OSError("away")])
+ACTIVE, FAILED = AdapterState.ACTIVE, AdapterState.FAILED
 
 
 class Life(RuleBasedStateMachine):
     @initialize(
-        content=st.tuples(*[contents] * len(NAMES)), host_ranks=st.sampled_from([0, 20, 60, 500]), hold=st.booleans()
+        content=st.tuples(*[contents] * len(FOLDERS)),
+        host_ranks=st.sampled_from([0, 20, 60, 500]),
+        hold=st.booleans(),
+        watched=st.booleans(),
     )
-    def start(self, content, host_ranks, hold):
-        self.host_bytes = host_ranks * 20
-        contents = dict(zip(NAMES, content, strict=True))
-        self.bench = Bench(contents, RANKS, host_bytes=self.host_bytes, load_threads=2, hold=hold)
-        self.manager = self.bench.manager
-        self.held: list[tuple[Lease, int]] = []
+    def start(self, content, host_ranks, hold, watched):
+        self.host_bytes = host_ranks * BYTES_PER_RANK
+        by_folder = dict(zip(FOLDERS, content, strict=True))
+        configured = {name: by_folder[name] for name in CONFIGURED}
+        others = {name: by_folder[name] for name in FOLDERS if name not in CONFIGURED}
+        self.bench = Bench(
+            configured,
+            RANKS,
+            hold=hold,
+            more_folders=others,
+            host_bytes=self.host_bytes,
+            load_threads=2,
+            watched=watched,
+        )
+        self.manager, self.loader = self.bench.manager, self.bench.loader
+        self.written = {version_of(f, c): (f, c) for f, c in by_folder.items() if isinstance(c, int)}
+        """Every content that there ever was."""
+        self.holders = Holders(self.manager)
+
+    def pick(self, data) -> Holder | None:
+        return data.draw(st.sampled_from(self.holders.all)) if self.holders.all else None
+
+    @rule(name=names | st.sampled_from(ALIASES), digits=st.integers(6, 32), versioned=st.booleans(), data=st.data())
+    def submit(self, name, digits, versioned, data):
+        try:
+            if versioned:
+                version = data.draw(st.sampled_from(sorted(self.written) or ["abcdef"]))
+                key = self.manager.resolve(f"{name}@{version[:digits]}")
+                assert self.manager.records[key].version == version
+            else:
+                key = self.manager.resolve(name)
+        except MultiloraError:
+            return
+        self.holders.add(key)
+
+    @rule(data=st.data(), protect=st.sets(names))
+    def request(self, data, protect):
+        holder = self.pick(data)
+        if holder is None or holder.lease is not None:
+            return
+        before, failed = set(self.manager.resident()), self.manager.stats().by_state["failed"]
+        state = self.manager.request(holder.key, protect)
+        gone = before - set(self.manager.resident())
+        assert gone.isdisjoint(protect)
+        assert not gone or state is AdapterState.LOADING
+        assert state is self.manager.records[holder.key].state
+        assert self.manager.stats().by_state["failed"] - failed in (0, 1)
+
+    @rule(data=st.data())
+    def run(self, data):
+        holder = self.pick(data)
+        if holder is not None and holder.lease is None:
+            self.holders.run(holder)
+
+    @rule(data=st.data())
+    def pause(self, data):
+        holder = self.pick(data)
+        if holder is not None:
+            self.holders.pause(holder)
+
+    @rule(data=st.data())
+    def cancel_or_finish(self, data):
+        holder = self.pick(data)
+        if holder is not None:
+            self.holders.end(holder)
+
+    @rule(name=names)
+    def prefetch(self, name):
+        if name in self.manager.records:
+            self.manager.prefetch(name)
+
+    @rule(
+        action=st.sampled_from(["load", "unload", "pin", "unpin", "preload", "alias", "unalias"]),
+        name=names,
+        alias=st.sampled_from(ALIASES),
+        folder=folders | st.just(""),
+        versioned=st.booleans(),
+    )
+    def command(self, action, name, alias, folder, versioned):
+        try:
+            match action:
+                case "load":
+                    self.manager.load(name, folder, pinned=versioned)
+                case "alias":
+                    version = self.manager.show(name).version
+                    self.manager.alias(alias, f"{name}@{version}" if version and versioned else name)
+                case "unalias":
+                    self.manager.unalias(alias)
+                case _:
+                    getattr(self.manager, action)(name)
+        except MultiloraError:
+            return
+
+    @rule(folder=folders, content=contents)
+    def change_content(self, folder, content):
+        self.loader.change(folder, content)
+        if isinstance(content, int):
+            self.written[version_of(folder, content)] = folder, content
+
+    @rule(gone=st.sets(st.sampled_from(CONFIGURED), max_size=1))
+    def reconcile(self, gone):
+        self.bench.names = list(CONFIGURED)
+        self.bench.reconcile(**dict.fromkeys(gone))
 
     @rule()
     def check_all(self):
         self.manager.check_all()
 
-    @rule(name=names, protect=st.sets(names))
-    def request(self, name, protect):
-        before = set(self.manager.resident())
-        state = self.manager.request(name, protect)
-        assert state is self.manager.records[name].state
-        gone = before - set(self.manager.resident())
-        assert gone.isdisjoint(protect)
-        assert not gone or state is AdapterState.LOADING
-
-    @rule(name=names)
-    def lease(self, name):
-        lease = self.manager.lease(name)
-        assert (lease is None) == (self.bench.state(name) is not AdapterState.ACTIVE)
-        if lease is not None:
-            assert lease.version == f"{name}-r{lease.rank}"
-            self.held.append(lease)
-
-    @rule(data=st.data())
-    def release(self, data):
-        if self.held:
-            index = data.draw(st.integers(0, len(self.held) - 1))
-            self.manager.release(self.held.pop(index))
-
     @rule(count=st.integers(1, 4), seconds=st.floats(0, 5))
     def time_passes(self, count, seconds):
         self.bench.clock.now += seconds
-        self.bench.loader.run(count)
+        self.loader.run(count)
 
     @rule(count=st.integers(1, 3))
     def transfers_end(self, count):
@@ -74,78 +154,80 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def poll(self):
-        failed = self.manager.poll()
-        assert all(self.bench.state(name) is AdapterState.FAILED for name in failed)
-
-    @rule(name=names, content=contents)
-    def change_content(self, name, content):
-        # A folder whose files did not change is what it was: only what nobody has read yet may change here.
-        unseen = all(outcome.job.name != name for outcome in self.bench.loader.outcomes)
-        if unseen and not self.manager.records[name].version:
-            self.bench.loader.content[name] = content
+        self.holders.take_in(self.manager.poll())
 
     @invariant()
-    def leased_adapters_lie_where_they_lay(self):
+    def what_is_leased_is_what_its_version_says(self):
         pool = self.manager.pool
-        for lease in self.held:
-            assert self.bench.state(lease.name) is AdapterState.ACTIVE
-            assert (pool.rank_start[lease.slot], pool.rank[lease.slot]) == (lease.rank_start, lease.rank)
-            assert pool.generation[lease.slot] == lease.generation
-            rows = slice(lease.rank_start, lease.rank_start + padded(lease.rank))
-            site = weights_of(lease.name, lease.rank).sites[0]
-            assert torch.equal(pool.a[0][rows], site.a)
-            assert torch.equal(pool.b[0][rows], site.b)
+        for holder in self.holders.all:
+            if holder.lease is not None:
+                slot, record = holder.lease.slot, self.manager.records[holder.key]
+                assert record.state is ACTIVE
+                assert pool.generation[slot] == holder.lease.generation
+                site = weights_of(*self.written[holder.version]).sites[0]
+                start = int(pool.rank_start[slot])
+                rows = slice(start, start + padded(int(pool.rank[slot])))
+                assert torch.equal(pool.a[0][rows], site.a)
+                assert torch.equal(pool.b[0][rows], site.b)
 
     @invariant()
     def nothing_overlaps_and_budgets_hold(self):
         pool = self.manager.pool
-        moving = len(self.manager._transfers)
-        assert self.manager.transferring == (moving > 0)
-        assert (pool.rank > 0).sum() == len(self.manager.resident()) + moving
         spans = [(int(s), int(s) + padded(int(r))) for s, r in zip(pool.rank_start, pool.rank, strict=True) if r]
         taken = [rank for start, stop in spans for rank in range(start, stop)]
         assert len(taken) == len(set(taken))
         assert max(taken, default=0) < RANKS
-        assert self.manager._host.nbytes <= self.host_bytes
+        stats = self.manager.stats()
+        assert all(used <= budget for used, budget in stats.bytes.values())
+        pinned = [record for record in self.manager.records.values() if record.pinned]
+        assert sum(padded(record.rank) for record in pinned if record.state is ACTIVE) <= RANKS
 
     @invariant()
-    def counts_are_right(self):
-        states = [record.state for record in self.manager.records.values()]
-        by_state = self.manager.stats().by_state
-        assert by_state == {state.value: states.count(state) for state in AdapterState}
-        leases = {name: record.leases for name, record in self.manager.records.items()}
-        assert leases == {name: sum(lease.name == name for lease in self.held) for name in NAMES}
+    def the_books_are_right(self):
+        manager, records = self.manager, self.manager.records
+        states = [record.state for record in records.values()]
+        assert manager.stats().by_state == {state.value: states.count(state) for state in AdapterState}
+        by_alias = list(manager._alias_holds.values())
+        for key, record in records.items():
+            mine = self.holders.of(key)
+            assert record.leases == sum(s.lease is not None for s in mine)
+            assert record.holds == len(mine) + by_alias.count(record)
+        assert manager.held == len(self.holders.all)
+        for name in manager.names():
+            assert manager.records[manager.show(name).key].entry.name == name
+        current = {record.key for record in manager.revisions.current.values()}
+        candidates = {record.key for record in manager.revisions._candidates.values()}
+        rest = [records[key] for key in records.keys() - current - candidates]
+        assert all(record.retired for record in rest)
+        assert all(not record.ends or record.key in manager.revisions._ending for record in rest)
 
     def teardown(self):
-        """Once leases are given back, every adapter that is asked for becomes ACTIVE or FAILED, one after the other."""
-        if not hasattr(self, "held"):
+        """Every holder gets its adapter or an error; then everything is unloaded, and nothing is left."""
+        if not hasattr(self, "holders"):
             return
-        while self.held:
-            self.manager.release(self.held.pop())
-        self.manager.poll()
-        self.bench.clock.now += 10
-        for name in NAMES:
-            # What failed on its way to the device is not broken.
-            if self.manager.records[name].reason.startswith("cannot be copied"):
-                self.manager.check(name)
-                assert self.bench.state(name) is AdapterState.COLD
-            for _ in range(4):
-                state = self.manager.request(name)
-                if state in (AdapterState.ACTIVE, AdapterState.FAILED):
-                    break
-                self.bench.land()
-                self.bench.arrive()
-                self.manager.poll()
-            content = self.bench.loader.content[name]
-            if state is AdapterState.FAILED:
-                try:
-                    self.manager.check(name)
-                    raise AssertionError("a FAILED adapter passed its check")
-                except MultiloraError:
-                    continue
-            assert state is AdapterState.ACTIVE
-            assert isinstance(content, int)
-            assert padded(content) <= RANKS
+        for holder in self.holders.all:
+            self.holders.pause(holder)
+        for alias in ALIASES:
+            self.manager.unalias(alias)
+        for name in self.manager.names():
+            self.manager.unpin(name)
+        for _ in range(200):
+            if not self.holders.all:
+                break
+            holder = self.holders.all[0]
+            self.manager.request(holder.key)
+            self.loader.run()
+            self.bench.arrive()
+            self.holders.take_in(self.manager.poll())
+            if self.holders.all and self.holders.all[0] is holder and self.bench.state(holder.key) is ACTIVE:
+                self.holders.end(holder)
+        assert not self.holders.all, "a request that never ends"
+        for name in self.manager.names():
+            self.manager.unload(name)
+        self.bench.settle()
+        assert not self.manager.records
+        assert not self.manager.pool.rank.any()
+        assert self.manager.stats().bytes["device"][0] == self.manager.stats().bytes["host"][0] == 0
 
 
 Life.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

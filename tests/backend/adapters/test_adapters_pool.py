@@ -6,8 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from multilora_backend.adapters import layout
-from multilora_backend.adapters.host import HostCache
-from multilora_backend.adapters.layout import AdapterWeights, Buffer
 from multilora_backend.adapters.peft import read_adapter
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.errors import MultiloraError
@@ -97,28 +95,17 @@ def test_buffers_are_cut_between_tensors_and_hold_them_in_order(sites, monkeypat
     assert [buffer.nbytes // 32 for buffer in buffers] == [3 * 32, 64 + 40, 32 + 64, 80]
 
 
-def weights_of(version: str, nbytes: int) -> AdapterWeights:
-    buffer = Buffer(torch.empty(0), sizes=(), nbytes=nbytes)
-    return AdapterWeights(version, rank=1, sites=(), buffers=(buffer,), no_effect=False)
-
-
-def test_host_cache_keeps_the_most_recently_used_within_its_bytes():
-    cache = HostCache(100)
-    for version in "abc":
-        cache.put(weights_of(version, 30))
-    assert cache.get("a") is not None
-    cache.put(weights_of("d", 40))
-    assert [v in cache for v in "abcd"] == [True, False, True, True]
-    assert (cache.nbytes, len(cache)) == (100, 3)
-    assert cache.get("b") is None
-
-
-def test_host_cache_refuses_what_is_larger_than_itself_and_counts_once():
-    cache = HostCache(100)
-    cache.put(weights_of("a", 60))
-    cache.put(weights_of("b", 101))
-    cache.put(weights_of("a", 60))
-    assert ("a" in cache, "b" in cache, cache.nbytes) == (True, False, 60)
-    cache = HostCache(0)
-    cache.put(weights_of("a", 1))
-    assert len(cache) == 0
+@pytest.mark.parametrize("to", [0, 8, 16, 24, 32, 40])
+def test_move_takes_an_adapter_along_whole_and_nobody_else(save, sites, to):
+    weights = read_adapter(save(r=20), sites, torch.float32)
+    pool = DevicePool(sites, 64 * bytes_per_rank(sites), torch.float32, "cpu")
+    for tensor in [*pool.a, *pool.b]:
+        tensor.fill_(float("nan"))
+    pool.write(weights, slot=2, rank_start=24)
+    generation, before = int(pool.generation[2]), [[t.clone() for t in pair] for pair in pool._cut_blocks(24, 24)]
+    pool.move(2, to)
+    assert (pool.rank_start[2], pool.rank[2], pool.generation[2]) == (to, 20, generation)
+    for pair, moved in zip(before, pool._cut_blocks(to, 24), strict=True):
+        assert all(torch.equal(tensor, there) for tensor, there in zip(pair, moved, strict=True))
+    for start in {0, 8, 16, 24, 32, 40, 48, 56} - set(range(min(to, 24), max(to, 24) + 24, 8)):
+        assert all(tensor.isnan().all() for pair in pool._cut_blocks(start, 8) for tensor in pair)

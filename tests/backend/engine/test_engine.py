@@ -104,7 +104,7 @@ def test_a_mixed_batch_says_what_transformers_and_peft_say(folder: Path, expecte
         driver.submit(i, prompt, GREEDY, name)
     driver.run()
     assert {name: driver.tokens[i, 0] for i, name in enumerate(PROMPTS)} == expected
-    assert driver.engine.adapters_per_step_max == 3
+    assert driver.engine.statistics.adapters_per_step_max == 3
     assert len({tuple(t) for t in expected.values()}) == 4, "the adapters must disagree, or this test shows nothing"
 
 
@@ -115,7 +115,7 @@ def test_a_mixed_batch_says_what_transformers_and_peft_say(folder: Path, expecte
         {"max_num_seqs": 2},
         {"max_loras": 1},
         {"enable_prefix_caching": False},
-        {"policy": "first_come"},
+        {"strategies": ""},
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def test_limits_change_when_but_not_what(folder: Path, expected: dict, settings:
     for i, name in enumerate([*PROMPTS] * 2):
         assert driver.tokens[i, 0] == expected[name]
     if settings.get("max_loras"):
-        assert driver.engine.adapters_per_step_max == 1
+        assert driver.engine.statistics.adapters_per_step_max == 1
 
 
 def test_preemption_changes_nothing(folder: Path, expected: dict):
@@ -140,6 +140,21 @@ def test_preemption_changes_nothing(folder: Path, expected: dict):
     assert driver.engine.scheduler.preemptions > 0
     for i, name in enumerate(names):
         assert driver.tokens[i, 0] == expected[name]
+
+
+def test_pausing_changes_nothing(folder: Path, expected: dict):
+    """Adapters that take turns of next to nothing: whatever is paused goes on with the pages that it had."""
+    driver = Driver(folder, max_loras=1, tenure_s=1e-6, max_overtake_s=0.0)
+    names = ["", "small", "attention", "rank-stabilised"] * 3
+    for i, name in enumerate(names):
+        driver.submit(i, PROMPTS[name], GREEDY, name)
+    driver.run()
+    assert driver.engine.scheduler.pauses > 9
+    assert driver.engine.scheduler.preemptions == 0
+    assert driver.engine.statistics.adapters_per_step_max == 1
+    for i, name in enumerate(names):
+        assert driver.tokens[i, 0] == expected[name]
+    driver.engine.check_idle()
 
 
 def test_device_room_for_one_adapter_serves_all_in_turn(folder: Path, expected: dict):

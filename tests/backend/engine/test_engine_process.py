@@ -19,6 +19,7 @@ from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams
 from multilora_backend.protocol import (
     Abort,
+    AdapterCommand,
     Bye,
     Failed,
     Hello,
@@ -127,6 +128,21 @@ def test_a_front_end_that_is_killed_is_missed(start, model: Path):
     assert process.popen.wait(10) == 0
     first.wait()
     second.wait()
+    other.close()
+
+
+def test_one_that_only_administers_gets_answers_but_keeps_no_engine_alive(start, model: Path):
+    process = start(Config(model=str(model), device="cpu"), parent=os.getpid())
+    other = process.connect()
+    other.send(encoder.encode(Hello("admin", os.getpid(), os.getpid(), serves=False)))
+    process.receive(Ready, other)
+    other.send(encoder.encode(AdapterCommand(1, "reload")))
+    assert process.receive(Failed, other).message.startswith("action: is not known")
+    process.hello()
+    process.receive(Stats)
+    assert other.poll(500) == 0, "statistics are for those that serve"
+    process.send(Bye())
+    assert process.popen.wait(10) == 0
     other.close()
 
 

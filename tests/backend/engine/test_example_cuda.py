@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import gpu_models
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Mode
+import gpu_driver
+from gpu_driver import Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S
 from multilora_backend.core import FinishReason
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(TIMEOUT_S)
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -40,7 +41,7 @@ def test_all_answers_are_right(device: str, strategy: str):
         prompt = tokenizer(word)["input_ids"]
         driver.submit(prompt, "" if task == BASE else task, max_tokens=30, ignore_eos=False)
     driver.run()
-    assert driver.engine.adapters_per_step_max == len(TASKS) - 1
+    assert driver.engine.statistics.adapters_per_step_max == len(TASKS) - 1
     for (word, task), request in zip(jobs, driver.requests.values(), strict=True):
         assert tokenizer.decode(request.token_ids, skip_special_tokens=True) == TASKS[task](word), (word, task)
         assert request.reasons == {0: FinishReason.STOP}

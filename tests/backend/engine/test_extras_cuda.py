@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
 from extras_models import ATTENTION, save_trained
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Judge, Mode, check_logits
+from gpu_driver import Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S, Judge, check_logits
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
@@ -27,7 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -42,5 +44,5 @@ def test_as_near_to_the_truth_as_transformers_and_peft(tmp_path: Path, device: s
         prompt = torch.randint(3, 61, (length,), generator=generator).tolist()
         driver.submit(prompt, ["", *ADAPTERS][number % 5], max_tokens=6)
     driver.run()
-    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+    assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
     check_logits(driver.requests.values(), Judge(tmp_path / "model", tmp_path / "adapters", device))

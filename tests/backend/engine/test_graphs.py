@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import tiny_models
-from gpu_models import Driver, Mode
+from gpu_driver import Driver, Mode
 from multilora_backend.engine.graphs import DecodeGraphs, sizes_up_to, tiers_for
 
 ADAPTERS = {

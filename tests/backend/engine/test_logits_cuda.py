@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
-from gpu_models import BORDERED_GRAPHS, DEVICES, TIMEOUT_S, Driver, Judge, Mode, check_logits
+from gpu_driver import BORDERED_GRAPHS, Driver, Mode
+from gpu_models import DEVICES, TIMEOUT_S, Judge, check_logits
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
@@ -35,7 +37,7 @@ MODES = [
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def submit_all(driver: Driver, names: list[str] = NAMES) -> None:
 
 def check_coverage(driver: Driver, mode: Mode) -> None:
     """The requests met each way to compute a step that the mode has."""
-    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+    assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
     if mode.graphs:
         tiers = {tier for *_, tier in driver.replayed}
         assert tiers & {64, 128, 256} if mode.strategy == "bordered" else tiers <= {0}

@@ -14,6 +14,8 @@ from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams
 from multilora_backend.engine.engine import Engine
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs, sizes_up_to
+from multilora_backend.models.bordered import PROMPT_TIER, Bordered
+from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import Outputs, Submit
 from multilora_kernels import block_m_for, max_tiles
 
@@ -29,7 +31,9 @@ class EagerPromptGraph(PromptGraph):
     def replay(self, attention) -> None:
         layer = self.runner._model.module.model.layers[0].self_attn
         query = torch.full((self.rows, layer.num_heads, layer.head_dim), torch.nan)
-        assert self.runner._lora._segments is None or self.runner._lora._segments.plan.num_tiles == self.tiles
+        lora = self.runner._lora
+        if lora._segments is not None:  # a captured kernel has these two of the graph and not of the step
+            assert (lora._segments.plan.num_tiles, lora._h_ranks) == (self.tiles, self.tier)
         self.logits.copy_(self.runner.forward(attention, self.rows, self.samples, query))
         EagerPromptGraph.replays += 1
 
@@ -38,13 +42,17 @@ def with_graphs(engine: Engine, rows: tuple[int, ...], ranks: tuple[int, ...]) -
     logits = torch.zeros(8, engine.card.vocab_size)
     graphs = PromptGraphs.__new__(PromptGraphs)
     graphs._graphs = {}
-    for most in ranks:
+    graphs._lora = engine.runner._lora
+    kinds = [(0, most) for most in ranks]
+    if isinstance(graphs._lora, Bordered) and max(ranks):
+        kinds.append((PROMPT_TIER, PROMPT_TIER))
+    for tier, most in kinds:
         for size in rows:
             block_m = block_m_for(size, 1) if most else 0
             tiles = max_tiles(size, MAX_ADAPTERS + 1, block_m) if most else 0
-            graph = EagerPromptGraph(size, min(size, 8), most, tiles, block_m, logits[: min(size, 8)])
+            graph = EagerPromptGraph(size, min(size, 8), most, tier, tiles, block_m, logits[: min(size, 8)])
             graph.runner = engine.runner
-            graphs._graphs.setdefault(most, []).append(graph)
+            graphs._graphs.setdefault((tier, most), []).append(graph)
     engine.runner.prompt_graphs = graphs
     EagerPromptGraph.replays = 0
 
@@ -91,13 +99,46 @@ def test_padded_steps_say_what_transformers_and_peft_say(
     engine.check_idle()
 
 
-def test_find_takes_the_smallest_that_holds_rows_samples_and_ranks():
+class BorderUpTo64:
+    """Of a strategy what `find` asks it."""
+
+    def prompt_tier(self, ranks: list[int]) -> int:
+        return 64 if 0 < sum(ranks) <= 64 else 0
+
+
+def graphs_of(lora, kinds: tuple[tuple[int, int], ...]) -> PromptGraphs:
+    """Graphs of three sizes of each (tier, ranks)."""
     graphs = PromptGraphs.__new__(PromptGraphs)
+    graphs._lora = lora
     logits = torch.zeros(9, 1)
     graphs._graphs = {
-        ranks: [PromptGraph(rows, samples, ranks, 0, 0, logits) for rows, samples in ((64, 4), (128, 4), (256, 9))]
-        for ranks in (0, 16, 64)
+        (tier, ranks): [
+            PromptGraph(rows, samples, ranks, tier, 0, 0, logits) for rows, samples in ((64, 4), (128, 4), (256, 9))
+        ]
+        for tier, ranks in kinds
     }
+    return graphs
+
+
+def test_find_takes_the_border_where_the_ranks_fit_it_and_a_graph_has_it():
+    graphs = graphs_of(BorderUpTo64(), ((0, 0), (0, 16), (0, 64), (64, 64)))
+    for ranks, kind in (
+        ([16] * 4, (64, 64)),
+        ([40, 16], (64, 64)),
+        ([16] * 5, (0, 16)),
+        ([40, 32], (0, 64)),
+        ([], (0, 0)),
+    ):
+        graph = graphs.find(1, 1, ranks)
+        assert graph is not None
+        assert (graph.tier, graph.ranks) == kind
+    graph = graphs_of(BorderUpTo64(), ((0, 0), (0, 16))).find(1, 1, [16])
+    assert graph is not None
+    assert (graph.tier, graph.ranks) == (0, 16)
+
+
+def test_find_takes_the_smallest_that_holds_rows_samples_and_ranks():
+    graphs = graphs_of(NoLora(), ((0, 0), (0, 16), (0, 64)))
 
     def found(*asked) -> tuple[int, int] | None:
         graph = graphs.find(*asked)

@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
-from gpu_models import DEVICES, TIMEOUT_S, Driver, Judge, Request, check_logits
+from gpu_driver import Driver
+from gpu_models import DEVICES, TIMEOUT_S, Judge, Request, check_logits
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import FinishReason
 from multilora_backend.protocol import Abort
@@ -41,7 +43,7 @@ VOCAB = 61
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_each_request_of_a_call_gets_its_own_answer_or_error(initialize):
         "is not JSON": Request(text_input="abc", sampling_parameters="{"),
         "max_tokens": Request('{"max_tokens": -2}', text_input="abc"),
         "cannot be read": Request("{not json", text_input="abc"),
+        "'x-tenant' twice": Request('{"x-tenant": "rival", "x-tenant": "acme"}', text_input="abc"),
         "UTF-8": Request(text_input=b"\xff\xfe"),
         "text_input": Request(),
         "not supported": Request(text_input="abc", image="x"),

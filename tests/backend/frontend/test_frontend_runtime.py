@@ -9,7 +9,7 @@ import pytest
 
 from multilora_backend.config import Config
 from multilora_backend.errors import MultiloraError
-from multilora_backend.frontend.runtime import RuntimeFolder, folder_for
+from multilora_backend.frontend.runtime import RuntimeFolder, find, folder_for
 
 
 def test_a_runtime_folder_that_others_may_write_to_is_refused(tmp_path):
@@ -59,3 +59,29 @@ def test_the_folder_is_one_models_of_one_server(tmp_path):
     }
     assert len(others | {here}) == 5
     assert all(path.parent == tmp_path for path in others)
+
+
+def test_folders_are_found_by_model_and_server_the_highest_version_first(tmp_path):
+    base, pid = tmp_path / "base", os.getpid()
+    config = Config(model="m", runtime_dir=str(base))
+    folders = {}
+    for model, version in (("llama", "9"), ("llama", "10"), ("other", "1")):
+        folders[version] = RuntimeFolder(folder_for(config, model, version, pid))
+        folders[version].announce(model, version, pid)
+    assert find(str(base), "llama", pid) == [folders["10"].path, folders["9"].path]
+    assert find(str(base), "llama", os.getppid()) == []
+    assert find(str(tmp_path / "nowhere"), "llama", pid) == []
+    # A server of another container may have this pid, and the same temporary folder.
+    served = folders["10"].path / "served.json"
+    served.write_text(served.read_text().replace('"server": "', '"server": "7'))
+    (folders["9"].path / "served.json").write_text("{")
+    assert find(str(base), "llama", pid) == []
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path):
+    base = tmp_path / "base"
+    folder = RuntimeFolder(base / f"{os.getpid()}-m")
+    folder.announce("m", "1", os.getpid())
+    assert find(str(base), "m", os.getpid()) == [folder.path]
+    base.chmod(0o777)
+    assert find(str(base), "m", os.getpid()) == []

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_driver
 import gpu_models
-from gpu_models import CUDA, DEVICES, FAMILIES, TIMEOUT_S, Driver, Judge, Mode, check_logits
+from gpu_driver import Driver, Mode
+from gpu_models import CUDA, DEVICES, FAMILIES, TIMEOUT_S, Judge, check_logits
 from multilora_backend.engine import runner
 from multilora_backend.models.attention import TorchAttention
 
@@ -41,7 +43,7 @@ SLOW = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _free() -> Iterator[None]:
     yield
-    gpu_models.free_drivers()
+    gpu_driver.free_drivers()
 
 
 def check_family(root: Path, device: str, family: str, **settings: Any) -> Driver:
@@ -53,7 +55,7 @@ def check_family(root: Path, device: str, family: str, **settings: Any) -> Drive
         prompt = torch.randint(3, 61, (length,), generator=generator).tolist()
         driver.submit(prompt, ["", *ADAPTERS][number % 3], max_tokens=6)
     driver.run()
-    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+    assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
     check_logits(driver.requests.values(), Judge(root / "model", root / "adapters", device))
     return driver
 

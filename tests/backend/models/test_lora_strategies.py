@@ -19,8 +19,10 @@ from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import Lease
 from multilora_backend.core import LoraSite, SamplingParams, Sequence, Slot, StepPlan
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.linear import FusedLinear
-from multilora_backend.models.lora import STRATEGIES, Bordered, LoraStep, NoLora, create_strategy
+from multilora_backend.models.lora import LoraStep, NoLora
+from multilora_backend.models.strategies import STRATEGIES, create_strategy
 from multilora_kernels import grouped_expand
 
 SITES = [
@@ -228,6 +230,41 @@ def test_a_decode_step_takes_the_border_padded_or_not(device: str, dtype: torch.
     step = bench.check(decode, bench.strategy.plan(decode, block_m=32))
     assert step.segments is not None
     assert (step.tier, step.segments.block_m) == (0, 32), "nor does what is to run in pieces of graph"
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("width", [0, 2.1, 3], ids=["shrink everywhere", "shrink at qkv", "border everywhere"])
+def test_a_step_with_prompts_of_few_ranks_takes_the_border(
+    width: float, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("multilora_backend.models.bordered.PROMPT_WIDTH", width)
+    bench = Bench("bordered", device, dtype)
+    strategy = bench.strategy
+    for adapters, tier in (((0, 1, 2), 64), ((5, 3), 64), ((6, 2), 0), ((3, 4), 0), ((), 0), ((2,), 64)):
+        batch = batch_of(*((adapter, 7 + adapter) for adapter in (*adapters, -1))).padded(80, one_row_each=False)
+        assert strategy.prompt_tier(strategy.ranks(batch)) == tier
+        step = bench.check(batch, strategy.plan(batch, 32, tier))
+        assert step.tier == tier
+        assert step.segments is None or step.segments.block_m == 32
+        bench.check(decode_of(*adapters, -1))
+        assert bench.check(batch, strategy.plan(batch, 16, tier)).moves == (), "decode steps left them there"
+
+
+def test_wide_linears_leave_the_border_to_decode_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("multilora_backend.models.bordered.PROMPT_WIDTH", 2.1)
+    bench = Bench("bordered", "cpu", torch.float32)
+
+    def by_the_border(batch: Batch, step: LoraStep) -> list[bool]:
+        """Of qkv (2.3 times as wide as its input) and o (2.1): then h lies behind y in one row."""
+        bench.check(batch, step)
+        outputs = [bench.strategy.project(*pair)[0] for pair in zip(bench.linears, bench.inputs(80), strict=True)]
+        return [not y.is_contiguous() for y in outputs]
+
+    decode = decode_of(*[0] * 80)
+    assert by_the_border(decode, bench.strategy.plan(decode)) == [True, True]
+    prompts = batch_of((0, 80))
+    assert by_the_border(prompts, bench.strategy.plan(prompts, 32, 64)) == [False, True]
+    assert by_the_border(prompts, bench.strategy.plan(prompts, 32)) == [False, False]
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)

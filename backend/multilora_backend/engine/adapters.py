@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's adapters: the manager as the configuration wants it, what is watched, and whose sequences hold what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.cache import default_cache_dir, fetch
+from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.manager import AdapterManager
+from multilora_backend.adapters.revisions import Polled
+from multilora_backend.adapters.sources import Roots, parse_source
+from multilora_backend.adapters.statefile import StateFile
+from multilora_backend.adapters.watcher import Watcher
+from multilora_backend.config import Config
+from multilora_backend.engine import memory
+from multilora_backend.errors import ErrorCode
+from multilora_backend.models.fusion import linears
+from multilora_backend.models.loader import LoadedModel
+
+if TYPE_CHECKING:
+    from multilora_backend.engine.engine import Engine
+
+
+def create_adapters(
+    config: Config, model: LoadedModel, wake: Callable[[], None]
+) -> tuple[AdapterManager, Watcher | None]:
+    """`wake` is called from other threads when there is news. The watcher has not been started."""
+    place = Path(config.adapters)
+    roots = Roots.for_operator(config.adapter_roots, config.adapters)
+    catalogue = Catalogue.read(config.adapters, roots) if config.lora_enabled else None
+    cache_dir = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_cache_dir()
+    manager = AdapterManager(
+        catalogue,
+        model.sites,
+        device_bytes=config.adapter_device_bytes or memory.adapter_bytes(model.device),
+        extras_bytes=memory.extras_bytes(config, model.device),
+        base=BaseModel(linears(model.module)),
+        host_bytes=config.adapter_host_bytes,
+        load_threads=config.adapter_load_threads,
+        dtype=model.dtype,
+        device=model.device,
+        on_change=wake,
+        locate=partial(fetch, cache_dir=cache_dir, max_bytes=config.adapter_max_bytes),
+        admit=partial(
+            parse_source,
+            roots=Roots.for_clients(config.adapter_roots, config.adapters),
+            base=place if place.is_dir() else place.parent,
+        ),
+        watched=config.adapters_watch_s > 0,
+        state=StateFile(state_path(config)) if config.lora_enabled else None,
+    )
+    watcher = None
+    if catalogue is not None and config.adapters_watch_s > 0:
+        watcher = Watcher(config.adapters, roots, config.adapters_watch_s, wake, catalogue.entries)
+    return manager, watcher
+
+
+def state_path(config: Config) -> Path:
+    """See `Config.adapter_state_file`."""
+    if config.adapter_state_file:
+        return Path(config.adapter_state_file)
+    place = Path(config.adapters)
+    return place / ".multilora.json" if place.is_dir() else place.with_name(place.name + ".state.json")
+
+
+def see_to_holders(engine: Engine, polled: Polled) -> None:
+    """Sequences whose revision cannot be served go on with its successor, or end with the reason."""
+    for key in polled.failed:
+        engine.fail(engine.scheduler.waiting_for(key), ErrorCode.INTERNAL, engine.adapters.reason(key))
+    for key, successor in polled.moved:
+        waiting = engine.scheduler.waiting_for(key)
+        # What has output cannot go on with other weights: it would be half of one and half of another adapter.
+        begun = {sequence.key[:2] for sequence in waiting if sequence.num_output_tokens}
+        name = engine.adapters.records[key].entry.name
+        message = f"LoRA {name} was changed at its source while this request waited to go on with what it was before"
+        engine.fail([s for s in waiting if s.key[:2] in begun], ErrorCode.UNAVAILABLE, message)
+        for sequence in waiting:
+            if not sequence.finished:
+                engine.adapters.hold(successor)
+                engine.scheduler.reassign(sequence, successor)
+                engine.adapters.drop(key)

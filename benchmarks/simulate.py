@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays published workloads to the scheduler and the adapter manager in virtual time: `make simulate`.
+
+The scheduler, its policies, the pages and the adapter manager are the product's. Steps and loads only take time, by a
+model that is fitted to the GPU benchmark (benchmarks/simulation/*.json). Each case is played a second time to a
+scheduler that serves first come, first served and loads in its step loop. Prints the targets and whether they hold;
+the exit status is 1 if one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import report
+from simulation.calibration import calibrate
+from simulation.model import sources
+from simulation.scenarios import SCENARIOS
+from simulation.simulator import simulate
+from simulation.summary import summarise
+from simulation.targets import BASELINE, OURS, Target, evaluate
+
+COLUMNS = ("done", "of", "tokens/s", "TTFT p50 s", "p99 s", "goodput/s", "loads", "reads", "host ms", "CPU s")
+
+
+def play(scenario: str, index: int, scheduler: str, scale: float) -> tuple[str, str, dict[str, Any]]:
+    """One case of a scenario, in a process of its own: what crosses the border is names and figures."""
+    for position, case in enumerate(SCENARIOS[scenario](scale)):
+        if position == index:
+            run = simulate(case.requests(), replace(case.setup, first_come=scheduler == BASELINE))
+            return case.name, scheduler, summarise(run)
+    raise IndexError(f"{scenario} has no case {index}")
+
+
+def show(scenario: str, cases: dict[str, dict[str, dict[str, Any]]]) -> None:
+    rows = []
+    for case, runs in cases.items():
+        for scheduler, figures in runs.items():
+            rows.append(
+                [
+                    f"{case}, {scheduler}",
+                    f"{figures['finished']:,}",
+                    f"{figures['requests']:,}",
+                    f"{figures['tokens_per_s']:,.0f}",
+                    f"{figures['ttft_s']['p50']:.2f}",
+                    f"{figures['ttft_s']['p99']:.2f}",
+                    f"{figures['goodput']:.1f}",
+                    f"{figures['loads']:,}",
+                    f"{figures['reads']:,}",
+                    f"{figures['host_ms']['p50']:.2f}",
+                    f"{figures['cpu_s']:.0f}",
+                ]
+            )
+    report.show(scenario, ["case", *COLUMNS], rows)
+
+
+def show_targets(targets: Sequence[Target]) -> None:
+    rows = [
+        [
+            "pass" if target.held else "FAIL",
+            target.what,
+            f"{target.value:,.2f}",
+            f"{'<=' if target.at_most else '>='} {target.limit:,.2f}",
+        ]
+        for target in targets
+    ]
+    report.show("targets", ["", "target", "simulated", "limit"], rows)
+    for target in targets:
+        if target.beside:
+            report.console.print(f"{target.what}: {target.beside}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, commas between them: %(default)s")
+    parser.add_argument("--scale", type=float, default=1.0, help="of every duration; targets are meant for 1")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="folder for one JSON file a scenario, and the fit")
+    options = parser.parse_args(given)
+    chosen = options.only.split(",")
+    if unknown := [name for name in chosen if name not in SCENARIOS]:
+        parser.error(f"--only: unknown {', '.join(unknown)}; known are {', '.join(SCENARIOS)}")
+    played: dict[str, dict[str, dict[str, Any]]] = {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        under_way = {name: _submit(pool, name, options.scale) for name in chosen}
+        for name, futures in under_way.items():
+            cases: dict[str, dict[str, dict[str, Any]]] = {}
+            for future in futures:
+                case, scheduler, figures = future.result()
+                cases.setdefault(case, {})[scheduler] = figures
+            show(name, cases)
+            played |= cases
+            if options.json:
+                report.write(options.json / f"{name}.json", "simulation", given, options, scenario=name, cases=cases)
+    fit = calibrate()
+    columns = ["adapters in the mix", "measured tokens/s", "simulated", "ratio"]
+    lines = [[r["mix"], f"{r['measured']:,.0f}", f"{r['simulated']:,.0f}", ratio(r)] for r in fit]
+    report.show("the time model against the GPU benchmark", columns, lines)
+    if options.json:
+        report.write(options.json / "fit.json", "fit", given, options, fit=fit, parameters=sources())
+    targets = evaluate(played)
+    show_targets(targets)
+    return 0 if all(target.held for target in targets) else 1
+
+
+def _submit(pool: ProcessPoolExecutor, scenario: str, scale: float) -> list[Future[tuple[str, str, dict[str, Any]]]]:
+    count = sum(1 for _ in SCENARIOS[scenario](scale))
+    runs = [(index, scheduler) for index in range(count) for scheduler in (OURS, BASELINE)]
+    return [pool.submit(play, scenario, index, scheduler, scale) for index, scheduler in runs]
+
+
+def ratio(row: dict[str, Any]) -> str:
+    return f"{row['simulated'] / row['measured']:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
