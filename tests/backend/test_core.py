@@ -10,8 +10,8 @@ import pytest
 from multilora_backend.core import FinishReason, SamplingParams, Sequence, SequenceStatus
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
-W, A, R, F = SequenceStatus.WAITING, SequenceStatus.WAITING_ADAPTER, SequenceStatus.RUNNING, SequenceStatus.FINISHED
-LEGAL = {(W, A), (W, R), (W, F), (A, W), (A, R), (A, F), (R, W), (R, F)}
+W, A, R, P, F = SequenceStatus
+LEGAL = {(W, A), (W, R), (W, F), (A, W), (A, R), (A, F), (R, W), (R, P), (R, F), (P, W), (P, R), (P, F)}
 
 
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(SequenceStatus, repeat=2)])

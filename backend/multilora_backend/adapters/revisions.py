@@ -219,7 +219,7 @@ class Revisions:
         if successor is None:
             reason = "it was unloaded, and its source has another content now"
             self._life.books.fail(record, reason, passing=False)
-        else:
+        elif record.holds:  # else it may be gone already
             polled.moved.append((record.key, successor.key))
 
     def _failed(self, record: AdapterRecord, polled: Polled) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -27,6 +28,11 @@ ITEMSIZE = {
 }  # fmt: skip
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Those that an adapter's tensors may have."""
+MAX_KEPT_BYTES = 512 * 2**20
+"""Memory that a thread keeps for the next file; larger files get their own."""
+
+_thread = threading.local()
+
 MAX_HEADER = 100 * 10**6
 """The reference implementation's limit."""
 
@@ -86,9 +92,11 @@ def read_header(file: BufferedReader, label: str) -> Header:
 
 
 def read_data(file: BufferedReader, header: Header, label: str) -> NDArray[np.uint8]:
-    """The whole file. Raises MultiloraError if it is not the file any more that the header was read from."""
-    # Not a bytearray: that is zeroed first, under the interpreter's lock (80 ms for 80 MB, while no step can run).
-    data = np.empty(header.file_size, dtype=np.uint8)
+    """The whole file, until the next call in this thread: memory is used again.
+
+    Raises MultiloraError if it is not the file any more that the header was read from.
+    """
+    data = _memory(header.file_size)
     file.seek(0)
     if file.readinto(data.data) != header.file_size or data[: len(header.raw)].tobytes() != header.raw:
         raise invalid(label, "changed while it was read")
@@ -100,6 +108,17 @@ def tensor_of(info: TensorInfo, data: NDArray[np.uint8]) -> Tensor:
     dtype = DTYPES[info.dtype]
     source = data[info.start : info.stop]
     return torch.from_numpy(source.copy() if info.start % dtype.itemsize else source).view(dtype).view(info.shape)
+
+
+def _memory(nbytes: int) -> NDArray[np.uint8]:
+    """Giving 84 MB back to the system takes milliseconds under the interpreter's lock, in which no step can run."""
+    if nbytes > MAX_KEPT_BYTES:
+        return np.empty(nbytes, dtype=np.uint8)
+    kept: NDArray[np.uint8] | None = getattr(_thread, "memory", None)
+    if kept is None or len(kept) < nbytes:
+        # A power of two: or else every adapter that is a little larger than all before it would need new memory.
+        kept = _thread.memory = np.empty(1 << (nbytes - 1).bit_length(), dtype=np.uint8)
+    return kept[:nbytes]
 
 
 def _info(name: str, entry: Any, begin: int, label: str) -> TensorInfo:

@@ -15,9 +15,6 @@ from multilora_backend.errors import MultiloraError
 EXIT_CONFIGURATION = 2
 """Starting again will not help: the message says what to change."""
 
-SWITCH_INTERVAL_S = 0.0005
-"""How long the step loop waits for the interpreter while a loader thread runs Python; the default is 5 ms."""
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="multilora engine", description=__doc__)
@@ -26,7 +23,6 @@ def main() -> int:
     parser.add_argument("--parent", type=int, default=0, help="pid of the front end that starts the engine")
     parser.add_argument("--server", type=int, default=0, help="pid of tritonserver")
     arguments = parser.parse_args()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     # Ctrl-C reaches the whole process group; the engine leaves when its front ends have left.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -95,3 +95,17 @@ def test_host_memory_is_kept_until_it_has_been_copied():
     bench.manager.poll()
     gc.collect()
     assert weights() is None
+
+
+def test_a_change_that_is_found_while_nobody_waits_is_told_to_nobody():
+    """As when the scheduler preloads: the revision is gone by then, and nothing may ask about it."""
+    bench = Bench({"a": 3, "b": 24}, host_bytes=0)
+    manager = bench.manager
+    bench.activate("a", "b")
+    bench.loader.change("a", 5)
+    manager.request("a")
+    bench.loader.run()
+    polled = manager.poll()
+    assert (polled.failed, polled.moved) == ([], [])
+    assert manager.records.keys() == {"a@2", "b"}
+    bench.activate(manager.resolve("a"))

@@ -106,7 +106,7 @@ def test_prompts_in_small_chunks(folder: Path, judge: Judge, device: str):
 
 
 def test_cached_beginnings_and_preemption(folder: Path, judge: Judge, device: str):
-    driver = Driver(folder, device, enable_prefix_caching=True, kv_cache_bytes=32 * 16 * 1024).preload(NAMES)
+    driver = Driver(folder, device, enable_prefix_caching=True, kv_cache_bytes=20 * 16 * 1024).preload(NAMES)
     for _ in range(2):
         submit_all(driver)
     driver.run()
