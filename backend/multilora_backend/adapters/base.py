@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""Names of the two modules that have a row for every token, in all models that are served."""
 
 
 class BaseLinear(Protocol):
@@ -30,3 +33,14 @@ class BaseModel:
 
     linears: Sequence[BaseLinear]
     """One for each site, in their order."""
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weight [width] of each norm, by the module's name in transformers' model."""
+    embedding: Tensor | None = None
+    """[vocabulary, hidden]; None if nothing is known of it."""
+    head: Tensor | None = None
+    """[vocabulary, hidden], likewise."""
+
+    @property
+    def tied(self) -> bool:
+        """The head's weight is the embedding's."""
+        return self.head is not None and self.head is self.embedding

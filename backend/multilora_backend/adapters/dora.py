@@ -25,7 +25,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     Adapters may be read while steps run, so on CUDA it has a stream of its own. Formula: arXiv:2402.09353, equation 5.
     """
     rows = max(1, CHUNK_BYTES // (weight.shape[1] * torch.float32.itemsize))
-    with _own_stream(weight.device):
+    with own_stream(weight.device):
         a, b = a.to(weight.device, torch.float32), (b.float() * scale).to(weight.device)
         pieces = zip(weight.split(rows), b.split(rows), strict=True)
         norms = [torch.linalg.vector_norm(torch.addmm(w.float(), b_rows, a), dim=1) for w, b_rows in pieces]
@@ -33,7 +33,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 @contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return

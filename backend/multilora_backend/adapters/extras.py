@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from multilora_backend.adapters import layout
+from multilora_backend.adapters.base import EMBEDDING, HEAD, BaseModel
 from multilora_backend.adapters.layout import Buffer
 from multilora_backend.core import LoraSite
 
@@ -23,10 +24,17 @@ ALIGNMENT = 16
 """Bytes: every tensor begins at a multiple of it, and offsets are counted in it."""
 
 AFFINE = "affine"
-"""A linear's output becomes gain * y + shift. Float32 [2, width]: the gain, then the shift."""
+"""The output of a linear (or of the embedding) becomes gain * y + shift. Float32 [2, width]: gain, then shift."""
+WEIGHT = "weight"
+"""Takes the place of a norm's, the embedding's or the head's weight. In the model's dtype, as all that follow."""
+LORA_A, LORA_B = "lora_a", "lora_b"
+"""LoRA on the embedding ([vocabulary, rank] and [rank, hidden]) or head ([rank, hidden] and [vocabulary, rank]), the
+scale in B."""
+TOKENS, ROWS = "tokens", "rows"
+"""Int64 [n] and [n, hidden]: tokens whose rows of the embedding's or head's weight are replaced, and by what."""
 
 ExtraKey = tuple[str, str]
-"""(kind, the place's name in the model, for AFFINE a site's key)."""
+"""(kind, the place's name in the model, for AFFINE on linears a site's key)."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,14 @@ def affine_spec(site: LoraSite) -> ExtraSpec:
     return ExtraSpec((AFFINE, site.key), (2, site.width), torch.float32)
 
 
-def affine_keys(sites: Iterable[LoraSite]) -> list[ExtraKey]:
-    """In the order of the sites: a model's keys begin with these, so that a site's index is its key's."""
-    return [affine_spec(site).key for site in sites]
+def extra_keys(sites: Iterable[LoraSite], base: BaseModel | None) -> list[ExtraKey]:
+    """All that adapters of a model may have. They begin with AFFINE of each site, in the order of the sites."""
+    keys = [affine_spec(site).key for site in sites]
+    if base is None:
+        return keys
+    keys += [(WEIGHT, name) for name in base.norms]
+    kinds = (AFFINE, WEIGHT, LORA_A, LORA_B, TOKENS, ROWS)
+    return keys + [(kind, place) for place in (EMBEDDING, HEAD) for kind in kinds]
 
 
 def size_of(specs: Iterable[ExtraSpec]) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from multilora_backend.adapters.extras import ALIGNMENT, ExtraKey, Extras
+from multilora_backend.adapters.extras import ALIGNMENT, ExtraKey, Extras, ExtraSpec
 from multilora_backend.adapters.layout import BUFFER_BYTES
 
 NOTHING = -1
@@ -30,6 +31,7 @@ class ExtrasPool:
         """[keys, slots]: the table as it will be when all writes are done."""
         self.present: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)
         """Slots whose adapter has extras."""
+        self._specs: dict[int, dict[ExtraKey, ExtraSpec]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +44,15 @@ class ExtrasPool:
     def offsets(self, row: int) -> Tensor:
         """int32 [slots]: where each slot's adapter has the tensor of that row of the table; NOTHING if it has none."""
         return self._rows[row]
+
+    def tensor(self, key: ExtraKey, slot: int) -> Tensor | None:
+        """What the slot's adapter has there: a view of the arena, until the adapter is moved or gone."""
+        spec = self._specs.get(slot, {}).get(key)
+        if spec is None:
+            return None
+        begin = int(self.where[self.index[key], slot]) * ALIGNMENT
+        used = math.prod(spec.shape) * spec.dtype.itemsize
+        return self._arena[begin : begin + used].view(spec.dtype).view(spec.shape)
 
     def used_by(self, slots: Sequence[int]) -> NDArray[np.bool_] | None:
         """[keys]: which of them some of these slots' adapters have. None: none of any."""
@@ -65,6 +76,8 @@ class ExtrasPool:
             target = self._arena[start : start + extras.size]
             for piece, source in zip(target.split(BUFFER_BYTES), extras.buffer.data.split(BUFFER_BYTES), strict=True):
                 piece.copy_(source, non_blocking=True)
+        tensors = {} if extras is None else extras.tensors
+        self._specs[slot] = {key: ExtraSpec(key, tuple(t.shape), t.dtype) for key, t in tensors.items()}
         self.where[:, slot] = column.numpy()
         self.present[slot] = extras is not None
         # Also for an adapter without extras: the slot's last one may have had some.
@@ -90,3 +103,4 @@ class ExtrasPool:
         """The slot has no adapter any more. Nothing reads its column until it has another one."""
         self.where[:, slot] = NOTHING
         self.present[slot] = False
+        self._specs.pop(slot, None)

@@ -17,7 +17,7 @@ import torch
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.commands import Admit, Commands
-from multilora_backend.adapters.extras import affine_keys
+from multilora_backend.adapters.extras import extra_keys
 from multilora_backend.adapters.host import HostCache
 from multilora_backend.adapters.lifecycle import Lifecycle
 from multilora_backend.adapters.loader import Loader, Purpose, peft_loader
@@ -75,7 +75,8 @@ class AdapterManager(Commands):
         enabled = catalogue is not None
         if pool is None:
             sites, extras_bytes = (sites, extras_bytes) if enabled else ((), 0)
-            pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, affine_keys(sites), extras_bytes)
+            keys = extra_keys(sites, base)
+            pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, keys, extras_bytes)
         self.pool = pool if enabled else None
         if loader is None:
             cuda, threads = pool.device.type == "cuda", load_threads if enabled else 0

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,16 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from multilora_backend.adapters.affine import fill_affine
 from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
 from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
+from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.adapters.tensors import read_data, read_header, tensor_of
+from multilora_backend.adapters.vocabulary_fill import fill_table
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -107,7 +108,10 @@ def _fill_extras(
     extras: Extras, plan: AdapterPlan, sites: Sequence[LoraSite], base: BaseModel, data: NDArray[np.uint8]
 ) -> bool:
     """False if they change nothing."""
-    return fill_affine(extras, plan.affine, sites, base, partial(tensor_of, data=data))
+    tensor = partial(tensor_of, data=data)
+    effects = [fill_affine(extras, plan.affine, sites, base, tensor), fill_norms(extras, plan.norms, base, tensor)]
+    effects += [fill_table(extras, table, base, tensor) for table in plan.tables]
+    return any(effects)
 
 
 def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray[np.uint8]) -> bool:
@@ -118,23 +122,8 @@ def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray
     row = part.slice * len(weights.b)
     a = weights.a[row : row + part.rank]
     b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
-    source_a, source_b = tensor_of(part.a, data), tensor_of(part.b, data)
-    a.copy_(source_a)
-    b.copy_((source_b.float() * part.scale).T)
-    largest = []
-    for info, source, laid_out in ((part.a, source_a, a), (part.b, source_b, b)):
-        largest.append(_largest(laid_out))
-        if not math.isfinite(largest[-1]):
-            if not math.isfinite(_largest(source)):
-                raise invalid(info.name, "holds NaN or infinity")
-            raise invalid(info.name, f"does not fit {laid_out.dtype} with the scale {part.scale:g}")
-    return all(largest)
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest magnitude; NaN if there is one. Several times faster on the CPU than isfinite, all and any."""
-    low, high = torch.aminmax(tensor)
-    return max(abs(float(low)), abs(float(high)))
+    effects = [put(a, part.a, tensor_of(part.a, data)), put(b.T, part.b, tensor_of(part.b, data), part.scale)]
+    return all(effects)
 
 
 def check_sha256(digest: str, expected: str) -> None:

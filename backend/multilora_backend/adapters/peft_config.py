@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from multilora_backend.adapters import checks
@@ -34,7 +34,6 @@ HARMLESS = frozenset(
         # Parameters of options that are refused when they are on.
         "qalora_group_size",
         "megatron_core",
-        "ensure_weight_tying",
         # About GPT-2's Conv1D, which stores its weight as (in, out). PEFT turns it off for an nn.Linear, and all that
         # is served here are those.
         "fan_in_fan_out",
@@ -47,8 +46,6 @@ HARMLESS = frozenset(
 )
 
 REFUSED = {
-    "modules_to_save": "fully trained modules are not supported yet",
-    "trainable_token_indices": "trained token embeddings are not supported yet",
     "target_parameters": "LoRA on parameters that are not linears (experts) is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
@@ -97,6 +94,12 @@ class PeftConfig:
     """B has a bias, which is scaled as B is."""
     bias: str = "none"
     """One of BIASES."""
+    modules_to_save: tuple[str, ...] = ()
+    """Endings of names of modules that were trained as they are."""
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Trained rows of the modules with names that end so; "" stands for the embedding."""
+    ensure_weight_tying: bool = False
+    """What is done to the embedding is done to a head that shares its weight, and the other way round."""
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
@@ -125,6 +128,9 @@ class PeftConfig:
             use_dora=checks.flag("use_dora", fields.get("use_dora") or False),
             lora_bias=checks.flag("lora_bias", fields.get("lora_bias") or False),
             bias=checks.choice("bias", fields.get("bias") or "none", BIASES),
+            modules_to_save=checks.strings("modules_to_save", fields.get("modules_to_save") or ()),
+            trainable_token_indices=checks.tokens("trainable_token_indices", fields.get("trainable_token_indices")),
+            ensure_weight_tying=checks.flag("ensure_weight_tying", fields.get("ensure_weight_tying") or False),
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
             raise invalid("layers_to_transform", "cannot be used when target_modules is a string")
@@ -132,9 +138,20 @@ class PeftConfig:
             raise invalid("layers_pattern", "needs layers_to_transform")
         return config
 
+    def saves(self, module: str) -> bool:
+        """Whether PEFT would bring a trained copy of the module with this full name: by its last letters."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def targets_table(self, module: str) -> bool:
+        """Whether PEFT would put LoRA on the embedding or the head: neither counts among all linears."""
+        every = isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+        return not every and self.targets(module)
+
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on a linear with this full name. The output head is no linear here."""
         if self.exclude_modules and _named(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules.lower() == ALL_LINEAR or _named(self.target_modules, module)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.cache import default_cache_dir, fetch
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.manager import AdapterManager
@@ -19,7 +18,7 @@ from multilora_backend.adapters.watcher import Watcher
 from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import ErrorCode
-from multilora_backend.models.fusion import linears
+from multilora_backend.models.fusion import base_model
 from multilora_backend.models.loader import LoadedModel
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def create_adapters(
         model.sites,
         device_bytes=config.adapter_device_bytes or memory.adapter_bytes(model.device),
         extras_bytes=memory.extras_bytes(config, model.device),
-        base=BaseModel(linears(model.module)),
+        base=base_model(model.module),
         host_bytes=config.adapter_host_bytes,
         load_threads=config.adapter_load_threads,
         dtype=model.dtype,

@@ -119,7 +119,10 @@ class ModelRunner:
     def forward(
         self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
     ) -> Tensor:
-        """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None."""
+        """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None.
+
+        They have more columns than the model has tokens if an adapter of the step has more.
+        """
         device = self._inputs.device
         sources = device("sources", rows)
         token_ids = torch.where(sources >= 0, self._drawn[sources.clamp_min(0)], device("token_ids", rows))
@@ -129,12 +132,15 @@ class ModelRunner:
             keep = device("sample_rows", max(samples, 1)).long()
         step = context.StepContext(attention, self._lora, device("write_slots", rows), query)
         with context.step(step):
-            return self._model.module(
+            logits: Tensor = self._model.module(
                 input_ids=token_ids[None],
                 position_ids=device("positions", rows)[None],
                 logits_to_keep=keep,
                 use_cache=False,
             ).logits[0]
+        # Behind the model's own last steps, such as a softcap, which leave no infinity.
+        self._lora.extras.bound(logits, self._model.config.vocab_size)
+        return logits
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from multilora_backend.adapters.border import Move
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.models.batch import Batch
-from multilora_backend.models.extras import Mask, StepExtras
+from multilora_backend.models.extras import ExtrasStep, StepExtras
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
     Delta,
@@ -47,7 +47,7 @@ class LoraStep:
     """What has to be copied into the border first."""
     prompts: bool = False
     """Thousands of rows: with a tier, wide linears take h from grouped_shrink all the same."""
-    extras: Mask | None = None
+    extras: ExtrasStep | None = None
     """None: no adapter of the step has any, and nothing is launched for them."""
 
 
@@ -130,7 +130,7 @@ class Grouped(NoLora):
         rows = batch.adapter_slots
         block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
-        return LoraStep(segments if segments.max_rank else None, extras=self.extras.plan(segments))
+        return LoraStep(segments if segments.max_rank else None, extras=self.extras.plan(batch, segments))
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         self._segments = segments

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.pool import PoolSize
 from multilora_backend.adapters.sources import Roots
@@ -23,7 +22,7 @@ from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import MultiloraError, invalid
 from multilora_backend.models.bordered import border_ranks
-from multilora_backend.models.fusion import linears
+from multilora_backend.models.fusion import base_model, linears
 from multilora_backend.models.loader import LoadedModel, bytes_per_token, outline
 from multilora_backend.models.strategies import strategy_name
 from multilora_backend.planning.footprint import Footprint, RankRow, by_rank, footprint
@@ -131,7 +130,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     roots = Roots.for_operator(config.adapter_roots, config.adapters)
     entries = Catalogue.read(config.adapters, roots).entries if config.lora_enabled else ()
     limit = config.adapter_max_bytes
-    base = BaseModel(linears(model.module))
+    base = base_model(model.module)
     footprints = tuple(footprint(entry, *common, base, arena, pinned=cuda, max_bytes=limit) for entry in entries)
     rows = by_rank(footprints, *common, config.adapter_host_bytes, pinned=cuda) if config.lora_enabled else []
     return Plan(

@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_driver
 import gpu_models
-from extras_models import ATTENTION, save_trained
+from extras_models import ATTENTION, TOKENS, Launches, check, driver_of, prompts, save_trained
 from gpu_driver import Driver, Mode
 from gpu_models import Judge, Request
-from multilora_backend.models import linear, lora
 
-LENGTHS = (1, 41, 6, 23, 14)
-TOKENS = 32
 ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "r": 6},
     "lora-bias": {"lora_bias": True, "r": 20},
@@ -64,48 +58,24 @@ def _free() -> Iterator[None]:
     gpu_driver.free_drivers()
 
 
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, 61, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def driver_of(root: Path, strategy: str, graphs: bool = False, **settings: Any) -> Driver:
-    """Prompts are cut in chunks of 16 tokens at most, and decodes share steps with them."""
-    settings = {"dtype": "float32", "block_size": 4, "max_num_batched_tokens": 16, "kv_cache_bytes": 2**23, **settings}
-    return Driver(root, "cpu", Mode(strategy, graphs), overlap=graphs, **settings).preload(ADAPTERS)
-
-
-def check(requests: list[Request], judge: Judge) -> None:
-    """fp32: within 1e-4 of the largest logit in every row that was sampled, and the same greedy tokens."""
-    for request in requests:
-        tokens = request.prompt + request.token_ids
-        truth = judge.logits(request.adapter, tokens)[len(request.prompt) - 1 : -1]
-        assert (request.logits - truth).abs().max() <= 1e-4 * truth.abs().max(), request.adapter
-        assert request.token_ids == truth.argmax(dim=1).tolist(), request.adapter
-        assert len(request.token_ids) == TOKENS
-        if request.adapter:  # or this would show nothing
-            base = judge.logits("", tokens)[len(request.prompt) - 1 : -1]
-            assert (base - truth).abs().max() > 0.05 * truth.abs().max()
-
-
 def submit_all(driver: Driver) -> list[Request]:
-    for name, prompt in zip(["", *ADAPTERS], [prompts()[1], *prompts()], strict=True):
+    for name, prompt in zip(["", *ADAPTERS], [prompts()[1], *prompts(5)], strict=True):
         driver.submit(prompt, name, max_tokens=TOKENS)
     return list(driver.run().requests.values())
 
 
 @pytest.mark.parametrize("strategy", ["grouped", "bordered"])
 def test_all_in_one_batch(root: Path, judge: Judge, strategy: str):
-    driver = driver_of(root, strategy)
+    driver = driver_of(root, strategy).preload(ADAPTERS)
     check(submit_all(driver), judge)
     assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
 
 
 @pytest.mark.parametrize("root", ["llama-biased", "phi3"], indirect=True)
 def test_each_alone(root: Path, judge: Judge):
-    driver = driver_of(root, "grouped")
+    driver = driver_of(root, "grouped").preload(ADAPTERS)
     together = {request.adapter: request.token_ids for request in submit_all(driver)}
-    for name, prompt in zip(ADAPTERS, prompts(), strict=True):
+    for name, prompt in zip(ADAPTERS, prompts(5), strict=True):
         driver.clear().submit(prompt, name, max_tokens=TOKENS)
         alone = driver.run().requests[0]
         check([alone], judge)
@@ -116,7 +86,7 @@ def test_each_alone(root: Path, judge: Judge):
 @pytest.mark.parametrize(("strategy", "graphs"), [("reference", False), ("bordered", True)])
 def test_by_the_reference_and_beside_graphs(root: Path, judge: Judge, strategy: str, graphs: bool):
     """With graphs, steps that have extras run outside of them, and all others inside."""
-    driver = driver_of(root, strategy, graphs)
+    driver = driver_of(root, strategy, graphs).preload(ADAPTERS)
     check(submit_all(driver), judge)
     assert all(rows == 1 for rows, *_ in driver.replayed), "only when the one without extras is left"
     driver.clear()
@@ -124,28 +94,6 @@ def test_by_the_reference_and_beside_graphs(root: Path, judge: Judge, strategy: 
         driver.submit([5, 6, 7], name, max_tokens=4)
     driver.run()
     assert bool(driver.replayed) == graphs
-
-
-class Launches(TorchDispatchMode):
-    """Counts what torch computes, and calls of our kernels' launchers."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.counts: Counter[tuple] = Counter()
-        for module, name in ((linear, "grouped_expand"), (linear, "row_affine"), (lora, "grouped_shrink")):
-            monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
-
-    def _counted(self, name: str, op: Any) -> Any:
-        def counted(*arguments: Any) -> Any:
-            self.counts[name,] += 1
-            return op(*arguments)
-
-        return counted
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
-        self.counts[str(func), shapes] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("root", ["llama-biased"], indirect=True)
