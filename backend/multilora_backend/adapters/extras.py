@@ -65,6 +65,12 @@ class Extras:
         """Bytes on the device."""
         return len(self.buffer.data)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the adapter knows; 0: those of the base model."""
+        table = self.tensors.get((WEIGHT, EMBEDDING))
+        return 0 if table is None else len(table)
+
 
 def affine_spec(site: LoraSite) -> ExtraSpec:
     return ExtraSpec((AFFINE, site.key), (2, site.width), torch.float32)

@@ -139,6 +139,7 @@ class Lifecycle:
         self.books.set_version(record, weights.version)
         record.rank, record.nbytes, record.no_effect = weights.rank, weights.nbytes, weights.no_effect
         record.extras_bytes = weights.extras_bytes
+        record.vocabulary = 0 if weights.extras is None else weights.extras.vocabulary
         record.fingerprint, record.attempts = outcome.fingerprint, 0
         if outcome.seconds:
             self._costs.read(weights.nbytes, outcome.seconds)
@@ -173,7 +174,8 @@ class Lifecycle:
             self.books.set_version(record, "")  # which an earlier run of the server had found there
         record.fingerprint = outcome.fingerprint
         if outcome.plan is not None:
-            record.rank, record.extras_bytes = outcome.plan.rank, outcome.plan.extras_bytes
+            plan = outcome.plan
+            record.rank, record.extras_bytes, record.vocabulary = plan.rank, plan.extras_bytes, plan.vocabulary
         reason = outcome.reason or self.residency.pool.too_large(record.rank, record.extras_bytes)
         if reason:
             self._refuse(record, reason, outcome)

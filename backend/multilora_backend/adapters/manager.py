@@ -128,6 +128,10 @@ class AdapterManager(Commands):
         record = self._record(key)
         return f"LoRA {record.entry.name} could not be loaded: {record.reason}"
 
+    def vocabulary(self, key: str) -> int:
+        """Tokens that a revision knows; 0: those of the base model, as far as is known before it was looked at."""
+        return self._record(key).vocabulary
+
     def hold(self, key: str) -> None:
         """A sequence has this revision from now on; each hold is ended by `drop`. Its bytes stay until then."""
         record = self._record(key)

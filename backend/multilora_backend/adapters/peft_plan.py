@@ -49,6 +49,12 @@ class AdapterPlan:
     """Tensors besides A and B."""
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that it knows; 0: those of the base model."""
+        own = (table.vocabulary for table in self.tables if table.place == EMBEDDING and table.weight is not None)
+        return next(own, 0)
+
+    @property
     def extras_bytes(self) -> int:
         """On the device."""
         return size_of(self.extras)

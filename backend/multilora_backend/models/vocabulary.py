@@ -41,6 +41,8 @@ class Embedding(nn.Module):
     def _of(self, ids: Tensor, x: Tensor, table: Table) -> Tensor:
         """ids [n] of one adapter's rows; x [n, hidden] is what the base model makes of them."""
         if table.weight is not None:
+            # Never outside, whatever was asked for: on CUDA that would end the engine.
+            ids = ids.clamp_max(len(table.weight) - 1)
             x = self._scaled(F.embedding(ids, table.weight))
         if table.tokens is not None and table.rows is not None:
             found = ids[:, None] == table.tokens

@@ -143,3 +143,32 @@ def test_a_batch_without_them_launches_what_it_did_before(root: Path, monkeypatc
     asked = ["", "plain", "plain"]
     assert launches(tmp_path, asked) == launches(root, asked)
     assert launches(root, asked) != launches(root, ["", "plain", "all-norms"])
+
+
+@pytest.mark.parametrize("root", [("added", "llama")], indirect=True)
+def test_added_tokens_are_read_and_written(root: Path, judge: ResizingJudge):
+    """In prompts, in outputs, under penalties and with log probabilities, beside requests that do not know them."""
+    driver = driver_of(root, "grouped").preload(names(root))
+    for adapter, known in (("added", 67), ("added-lora", 70), ("added-tokens", 64), ("resized", 63)):
+        driver.submit([5, known - 1, 61, 6], adapter, max_tokens=32)
+        driver.submit([known - 1], adapter, max_tokens=32, temperature=50.0, seed=3, presence_penalty=1.0, logprobs=2)
+    driver.submit([5, 6], "plain", max_tokens=32, temperature=50.0, seed=4, frequency_penalty=0.5, logit_bias={7: 1.0})
+    driver.run()
+    requests = list(driver.requests.values())
+    check([r for r in requests if not r.sampling.temperature], judge)
+    warm = [r for r in requests if r.sampling.temperature]
+    for request, known in zip(warm, (67, 70, 64, 63, 61), strict=True):
+        assert max(request.token_ids) < known
+        assert len(request.token_ids) == 32
+    assert sum(token >= 61 for request in warm for token in request.token_ids) > 3, "or this would show nothing"
+    assert driver.runner.sampler._penalties._said.shape[1] >= 67
+
+
+@pytest.mark.parametrize("root", [("added", "llama")], indirect=True)
+def test_who_does_not_know_a_token_may_not_ask_for_it(root: Path):
+    driver = driver_of(root, "grouped").preload(names(root))
+    cases = (("", 61), ("plain", 61), ("resized", 63), ("added", 67), ("fewer", 60))
+    for number, (adapter, known) in enumerate(cases):
+        driver.submit([3, known], adapter)
+        driver.step()
+        assert driver.failed[number].message.endswith(f"token ids must be below the vocabulary's {known}")
