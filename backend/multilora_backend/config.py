@@ -80,7 +80,7 @@ class Config:
     adapter_device_bytes: int = 0
     """Device pool for adapters; 0: on the CPU 256 MiB, on CUDA a twelfth of the device, at most 8 GiB."""
     adapter_extras_bytes: int = 0
-    """Device memory for what adapters have besides A and B (DoRA, biases); 0: a sixteenth of `adapter_device_bytes`."""
+    """Device memory for what adapters have besides A and B, as DoRA; 0: a sixteenth of `adapter_device_bytes`."""
     adapter_host_bytes: int = 4 * 2**30
     """Host cache for adapters in device layout."""
     adapter_load_threads: int = 2
