@@ -117,6 +117,17 @@ def loads(result: Result) -> str:
     return markdown(["decode", "loads", "load p50 ms", "between tokens p50 ms", "p99 ms", "p99 change"], rows)
 
 
+def misses(result: Result) -> str:
+    hit = next(row["ttft"]["p50_ms"] for row in result["rows"] if row["kind"] == "hit")
+    rows = []
+    for row in result["rows"]:
+        ttft = row["ttft"]
+        kind = f"miss, from {result['options']['load_from']}" if row["kind"] == "miss" else row["kind"]
+        times = [f"{ttft[p]:.2f}" for p in ("p50_ms", "p90_ms")]
+        rows.append([kind, str(ttft["count"]), *times, f"{ttft['p50_ms'] - hit:+.2f}" if kind != row["kind"] else ""])
+    return markdown(["request", "count", "TTFT p50 ms", "p90 ms", "p50 more than a hit's"], rows)
+
+
 def through_triton(result: Result) -> str:
     one, two = result["engine"], result["triton"]
     share = f"{100 * two['tokens_per_s'] / one['tokens_per_s']:.1f}%"
@@ -143,12 +154,34 @@ def profile_steps(result: Result) -> str:
     )
 
 
+def kernels(result: Result) -> str:
+    rows = []
+    for row in result["results"]:
+        rank, reference = str(row["rank"] or ""), f"{row['reference_us']:,.0f}"
+        speed = [
+            f"{row['us']:.1f}",
+            f"{row['gb_s']:,.0f}",
+            f"{row['tflop_s']:.1f}",
+            f"{100 * row['roofline_share']:.0f}%",
+        ]
+        batch = f"{row['tokens']}/{row['adapters']}"
+        rows.append([f"`{row['op']}`", row["site"], batch, rank, *speed, reference])
+    columns = ["kernel", "linear", "tokens/adapters", "rank", "us", "GB/s", "TFLOP/s", "of roofline", "reference us"]
+    limits = result["limits"]
+    return (
+        f"{markdown(columns, rows)}\n\nThe roofline: a copy reached {limits['copy_gb_s']:,.0f} GB/s, a matmul "
+        f"{limits['matmul_tflop_s']:,.0f} TFLOP/s."
+    )
+
+
 RENDERERS: dict[str, Callable[[Result], str]] = {
     "engine": engine,
     "latency": latency,
     "latency_during_loads": loads,
+    "misses": misses,
     "through_triton": through_triton,
     "profile_steps": profile_steps,
+    "kernels": kernels,
 }
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from multilora_backend.adapters.state import AdapterState
 from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams
 from multilora_backend.engine.engine import Engine
+from multilora_backend.engine.memory import freeze_heap
 from multilora_backend.protocol import Failed, Outputs, Submit
 
 FRONTEND = "benchmark"
@@ -126,7 +128,9 @@ def running(**settings: object) -> Iterator[tuple[Driver, float]]:
     """An engine and the seconds from its construction to ready. One a process on CUDA: not all memory comes back."""
     started = time.monotonic()
     engine = Engine(Config.from_mapping(settings, "benchmark"), wake=lambda: None)
+    freeze_heap()
     try:
         yield Driver(engine), time.monotonic() - started
     finally:
+        gc.unfreeze()
         engine.close()

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-SCRIPTS = ("engine", "latency", "plot", "profile_steps", "report", "shapes", "tables", "through_triton", "traffic",
-           "vllm_figures", "weights", "workload")  # fmt: skip
+SCRIPTS = ("engine", "latency", "misses", "plot", "profile_steps", "report", "shapes", "tables", "through_triton",
+           "traffic", "vllm_figures", "weights", "workload")  # fmt: skip
 HELPERS = ("client_processes", "engine_socket")
 
 
@@ -145,6 +145,14 @@ def test_latency_during_loads(scripts: SimpleNamespace, workdir: Path, source: s
     assert quiet["load"]["count"] == 0 < loading["load"]["count"]
     assert quiet["inter_token"]["count"] > 0
     assert f"loads from {source}" in scripts.tables.render(result)
+
+
+@pytest.mark.parametrize("source", ["host", "disk"])
+def test_misses(scripts: SimpleNamespace, workdir: Path, source: str) -> None:
+    result = run(scripts.misses, workdir, "--rounds", "4", "--input", "20", "--load-from", source)
+    assert [row["kind"] for row in result["rows"]] == ["base", "hit", "miss"]
+    assert all(row["ttft"]["count"] == 4 for row in result["rows"])
+    assert f"miss, from {source}" in scripts.tables.render(result)
 
 
 def test_gaps_count_from_the_moment_asked_for(scripts: SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from gpu_driver import Driver, Mode
 from gpu_models import Judge, Request
-from multilora_backend.adapters.tensors import read_header
+from multilora_backend.adapters.tensors import parse_header, read_header
 from multilora_backend.models import linear, lora
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
@@ -61,7 +61,7 @@ class ResizingJudge(Judge):
             return super()._module(adapter, dtype)
         folder = self._adapters / adapter
         with (folder / "adapter_model.safetensors").open("rb") as file:
-            tensors = read_header(file, adapter).tensors
+            tensors = parse_header(read_header(file, adapter), adapter)
         module: Any = AutoModelForCausalLM.from_pretrained(self._model, dtype=dtype, attn_implementation="eager")
         tables = [info.shape[0] for name, info in tensors.items() if "embed_tokens" in name and "weight" in name]
         if tables and tables[0] != module.config.vocab_size:

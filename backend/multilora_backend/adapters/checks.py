@@ -56,14 +56,14 @@ def strings(field: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def tokens(field: str, value: Any) -> dict[str, tuple[int, ...]]:
-    """A list is the embedding's: its name is "" here."""
+def tokens(field: str, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, ids); a list is the embedding's: its name is "" here."""
     given = value if isinstance(value, dict) else {"": value} if value else {}
     for name, ids in given.items():
         whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
         if not whole or not ids or len(set(ids)) < len(ids):
             raise invalid(field, f"must be lists of different token ids, got {short(ids)} for {name or 'embeddings'}")
-    return {name: tuple(ids) for name, ids in given.items()}
+    return tuple((name, tuple(ids)) for name, ids in given.items())
 
 
 def layers(value: Any) -> tuple[int, ...]:

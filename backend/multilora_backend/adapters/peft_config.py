@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from multilora_backend.adapters import checks
@@ -96,7 +96,7 @@ class PeftConfig:
     """One of BIASES."""
     modules_to_save: tuple[str, ...] = ()
     """Endings of names of modules that were trained as they are."""
-    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Trained rows of the modules with names that end so; "" stands for the embedding."""
     ensure_weight_tying: bool = False
     """What is done to the embedding is done to a head that shares its weight, and the other way round."""

@@ -111,7 +111,7 @@ def plan_tables(config: PeftConfig, found: Found, base: BaseModel) -> tuple[Tabl
 def _tokens(config: PeftConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     """Whose rows are replaced, in each of the two tables."""
     tokens: dict[str, tuple[int, ...]] = {EMBEDDING: (), HEAD: ()}
-    for name, ids in config.trainable_token_indices.items():
+    for name, ids in config.trainable_token_indices:
         places = [place for place in tokens if (place.endswith(name) if name else place == EMBEDDING)]
         if not places:
             raise MultiloraError(

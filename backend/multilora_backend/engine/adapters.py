@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multilora_backend.adapters import layout
 from multilora_backend.adapters.cache import default_cache_dir, fetch
 from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.manager import AdapterManager
+from multilora_backend.adapters.peft import WEIGHTS
 from multilora_backend.adapters.revisions import Polled
 from multilora_backend.adapters.sources import Roots, parse_source
 from multilora_backend.adapters.statefile import StateFile
@@ -24,6 +27,11 @@ from multilora_backend.models.loader import LoadedModel
 if TYPE_CHECKING:
     from multilora_backend.engine.engine import Engine
 
+TRANSFERS = 2
+"""Weights on their way to the device while the next ones are read."""
+MAX_LOADING_BYTES = 2**30
+"""Loads of very large adapters pin their memory when they come."""
+
 
 def create_adapters(
     config: Config, model: LoadedModel, wake: Callable[[], None]
@@ -33,6 +41,8 @@ def create_adapters(
     roots = Roots.for_operator(config.adapter_roots, config.adapters)
     catalogue = Catalogue.read(config.adapters, roots) if config.lora_enabled else None
     cache_dir = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_cache_dir()
+    if catalogue is not None and model.device.type == "cuda":
+        layout.reserve(pinned_bytes(config, catalogue.entries))
     manager = AdapterManager(
         catalogue,
         model.sites,
@@ -57,6 +67,20 @@ def create_adapters(
     if catalogue is not None and config.adapters_watch_s > 0:
         watcher = Watcher(config.adapters, roots, config.adapters_watch_s, wake, catalogue.entries)
     return manager, watcher
+
+
+def pinned_bytes(config: Config, entries: Iterable[AdapterEntry]) -> int:
+    """What adapters of this machine will take of the host by the sizes of their files: kept and being loaded."""
+    sizes = [_file_size(entry) for entry in entries if entry.source.is_local]
+    loading = (2 * config.adapter_load_threads + TRANSFERS) * max(sizes, default=0)
+    return min(sum(sizes), config.adapter_host_bytes) + min(loading, MAX_LOADING_BYTES)
+
+
+def _file_size(entry: AdapterEntry) -> int:
+    try:
+        return (entry.source.path / WEIGHTS).stat().st_size
+    except OSError:
+        return 0  # which its check will tell
 
 
 def state_path(config: Config) -> Path:

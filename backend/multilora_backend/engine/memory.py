@@ -6,6 +6,7 @@ The arithmetic is apart from what asks the device, so that `planning` reckons as
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from multilora_backend.adapters.extras import ALIGNMENT
 from multilora_backend.config import Config
 from multilora_backend.errors import invalid
 from multilora_backend.models.loader import LoadedModel, bytes_per_token
+from multilora_backend.scheduling.host import HostPages
 
 CPU_ADAPTER_BYTES = 256 * 2**20
 CPU_KV_CACHE_BYTES = 256 * 2**20
@@ -64,6 +66,12 @@ def num_pages(config: Config, model: LoadedModel) -> int:
     return pages_within(kv_cache_bytes(config, memory), bytes_per_token(model) * config.block_size)
 
 
+def host_pages(config: Config, model: LoadedModel) -> HostPages:
+    """Places for KV pages in host memory, as many as `kv_host_bytes` holds."""
+    token = bytes_per_token(model)
+    return HostPages(config.kv_host_bytes // (token * config.block_size), token)
+
+
 def kv_cache_bytes(config: Config, memory: DeviceMemory | None) -> int:
     """The KV cache's budget, which may be negative. `memory` None: the CPU."""
     if config.kv_cache_bytes or memory is None:
@@ -77,3 +85,13 @@ def pages_within(budget: int, page_bytes: int) -> int:
     if budget < 2 * page_bytes:
         raise invalid("kv_cache_bytes", f"must be at least {2 * page_bytes} (two pages), got {budget}")
     return budget // page_bytes
+
+
+def freeze_heap() -> None:
+    """What exists now is looked at by no garbage collection any more: call it once, when the process is ready to serve.
+
+    A full collection goes through every object of torch, transformers and the model: 240 to 300 ms in which no step
+    runs (8B, one H200), against 3 ms for what was made since.
+    """
+    gc.collect()
+    gc.freeze()

@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from multilora_backend.config import Config
+from multilora_backend.engine import memory
 from multilora_backend.engine.engine import Engine
 from multilora_backend.engine.watch import FrontendWatch
 from multilora_backend.protocol import (
@@ -64,6 +65,7 @@ class EngineServer:
 
     def run(self) -> None:
         """Returns when no front end is left."""
+        memory.freeze_heap()
         busy = False
         while self._running:
             self._receive(timeout_ms=0 if busy else self._patience_ms())
@@ -78,7 +80,11 @@ class EngineServer:
     def _patience_ms(self) -> int:
         if self._engine.adapters.transferring:
             return TRANSFER_POLL_MS
-        return WAITING_POLL_MS if self._engine.administration.waits else IDLE_POLL_MS
+        if self._engine.administration.waits:
+            return WAITING_POLL_MS
+        # A tenant whose tokens are used up may go on then.
+        rest_ms = (self._engine.scheduler.next_event() - time.monotonic()) * 1e3
+        return int(max(1.0, min(IDLE_POLL_MS, rest_ms + 1.0)))
 
     def _receive(self, timeout_ms: int) -> None:
         ready = dict(self._poller.poll(timeout_ms))

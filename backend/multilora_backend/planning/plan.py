@@ -17,7 +17,7 @@ from torch import nn
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.pool import PoolSize
 from multilora_backend.adapters.sources import Roots
-from multilora_backend.adapters.tensors import read_header
+from multilora_backend.adapters.tensors import parse_header, read_header
 from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import MultiloraError, invalid
@@ -190,5 +190,7 @@ def _stored_bytes(folder: Path) -> int:
         if not (folder / name).is_file():
             raise invalid("model", f"{folder} holds no {name}")
         with (folder / name).open("rb") as file:
-            total += read_header(file, name).file_size
+            header = read_header(file, name)
+        parse_header(header, name)  # raises if a part of the file is missing
+        total += header.file_size
     return total

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is pinned at start for adapters, and what a collection of garbage goes through afterwards."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.config import Config
+from multilora_backend.engine import adapters
+from multilora_backend.engine.adapters import TRANSFERS, pinned_bytes
+from multilora_backend.engine.memory import freeze_heap
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, size in (("small", 300), ("large", 1000), ("broken", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        if size is not None:
+            (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(size))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("host", "kept"), [(10**9, 1300), (700, 700), (0, 0)])
+def test_pinned_is_what_the_files_need_within_the_budget(folder: Path, host: int, kept: int) -> None:
+    config = Config(model="m", adapters=str(folder), adapter_host_bytes=host, adapter_load_threads=3)
+    assert pinned_bytes(config, Catalogue.read(folder).entries) == kept + (6 + TRANSFERS) * 1000
+
+
+def test_loads_of_very_large_adapters_are_pinned_when_they_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "MAX_LOADING_BYTES", 1500)
+    config = Config(model="m", adapters=str(folder), adapter_host_bytes=0)
+    assert pinned_bytes(config, Catalogue.read(folder).entries) == 1500
+    assert pinned_bytes(config, ()) == 0
+
+
+def test_a_frozen_heap_is_not_looked_at() -> None:
+    heap = [[] for _ in range(50_000)]
+    try:
+        freeze_heap()
+        assert gc.get_freeze_count() >= len(heap)
+        assert len(gc.get_objects()) < len(heap)
+    finally:
+        gc.unfreeze()
