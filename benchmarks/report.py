@@ -86,7 +86,7 @@ def write(
     chosen = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key not in private}
     result = {"benchmark": benchmark, "environment": environment(arguments), "options": chosen, **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    path.write_text(_lines(_rounded(result)) + "\n")
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -134,6 +134,18 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """JSON with a line for each list or object that holds no other: a series is one line."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(child, dict | list | tuple) for child in children):
+        return json.dumps(value)
+    deeper = indent + " "
+    opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    entries = [deeper + name + _lines(child, deeper) for name, child in zip(names, children, strict=True)]
+    return opening + "\n" + ",\n".join(entries) + "\n" + indent + closing
 
 
 def _rounded(value: Any) -> Any:

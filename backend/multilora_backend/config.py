@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -51,6 +52,8 @@ class Config:
     """Tokens in a KV page."""
     kv_cache_bytes: int = 0
     """0: on the CPU 256 MiB, on CUDA what `gpu_memory_utilization` leaves."""
+    kv_host_bytes: int = 2 * 2**30
+    """Host memory for KV pages that others need on the device meanwhile; 0: what loses its pages is computed again."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, adapters, graphs and KV pages may take together."""
     cuda_graph_bytes: int = 3 * 2**30
@@ -82,7 +85,7 @@ class Config:
     adapter_extras_bytes: int = 0
     """Device memory for what adapters have besides A and B, as DoRA; 0: a sixteenth of `adapter_device_bytes`."""
     adapter_host_bytes: int = 4 * 2**30
-    """Host cache for adapters in device layout."""
+    """Host cache for adapters in device layout; on CUDA pinned at start, as far as the configured adapters need it."""
     adapter_load_threads: int = 2
     """Threads that read, check and lay out adapters."""
     adapters_watch_s: float = 5.0
@@ -149,6 +152,7 @@ class Config:
         for name in (
             "max_model_len",
             "kv_cache_bytes",
+            "kv_host_bytes",
             "cuda_graph_bytes",
             "max_loras",
             "adapter_device_bytes",
@@ -161,10 +165,11 @@ class Config:
         require("metrics_tenants", self.metrics_tenants >= 0, "0 or more")
         require("adapters_watch_s", self.adapters_watch_s >= 0, "0 or more")
         require("adapter_max_bytes", self.adapter_max_bytes >= 1, "at least 1")
-        require("max_overtake_s", self.max_overtake_s >= 0, "0 or more")
-        require("tenure_s", self.tenure_s > 0, "above 0")
+        require("max_overtake_s", 0 <= self.max_overtake_s < math.inf, "0 or more, and finite")
+        require("tenure_s", 0 < self.tenure_s < math.inf, "above 0, and finite")
         for name in ("fair_input_weight", "fair_output_weight"):
-            require(name, getattr(self, name) >= 0, "0 or more")
+            require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        require("fair_output_weight", self.fair_input_weight + self.fair_output_weight > 0, "above 0, or the other is")
         for name in ("tenant_header", "priority_header"):
             value = getattr(self, name)
             require(name, not value or bool(_HEADER.fullmatch(value)), "the name of an HTTP header")
@@ -202,7 +207,7 @@ VLLM_IGNORED: dict[str, str] = {
     "max_cpu_loras": "the host cache is bounded in bytes (adapter_host_bytes)",
     "lora_dtype": "adapters have the model's dtype",
     "seed": "a request's seed is the request's",
-    "swap_space": "preempted sequences are computed again",
+    "swap_space": "kv_host_bytes bounds what preempted sequences take on the host",
     "enable_chunked_prefill": "prefill is always chunked",
     "tokenizer_mode": "the tokenizers library is always used",
     "limit_mm_per_prompt": "text only",

@@ -139,6 +139,12 @@ class Sequence:
     """Set by the scheduler: when the sequence first ran."""
     start_len: int = field(default=0, init=False)
     """Set by the scheduler: tokens that it had when it last began to run."""
+    host_pages: list[int] = field(default_factory=list, init=False)
+    """Set by the scheduler: where its pages are in host memory, while they are not on the device."""
+    host_computed: int = field(default=0, init=False)
+    """Set by the scheduler: tokens whose K and V are there."""
+    setbacks: int = field(default=0, init=False)
+    """Set by the scheduler: how often in a row it lost its pages before it had sampled a token."""
     cumulative_logprob: float = field(default=0.0, init=False)
 
     @property
@@ -182,12 +188,22 @@ class Slot(msgspec.Struct, frozen=True, eq=False, gc=False):
     """True if the last position is the sequence's newest token, so that its logits give the next one."""
 
 
+class PageMove(msgspec.Struct, frozen=True):
+    """KV pages that go to places in host memory or come from there, all layers of each."""
+
+    pages: tuple[int, ...]
+    places: tuple[int, ...]
+    to_host: bool
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What one step computes. Slots are in admission order; the model runner may sort rows as it likes."""
 
     slots: tuple[Slot, ...]
     preempted: tuple[Sequence, ...] = ()
+    moves: tuple[PageMove, ...] = ()
+    """To be carried out before the step, in this order, even if it has no slots."""
 
     @property
     def num_tokens(self) -> int:

@@ -68,7 +68,8 @@ def assemble(setup: Setup, model: TimeModel) -> Assembly:
     per_rank = sum(len(site.modules) * site.in_features + site.width for site in sites) * 2
     budget = setup.resident * padded(16) * per_rank
     pool = VirtualPool(clock, model, sites, budget, setup.first_come)
-    loader = VirtualLoader(clock, model, ranks.__getitem__, per_rank, setup.first_come)
+    threads = config.adapter_load_threads
+    loader = VirtualLoader(clock, model, ranks.__getitem__, per_rank, threads, setup.first_come)
     manager = AdapterManager(
         Catalogue([(name, Path(name)) for name in ranks]),
         sites,
@@ -76,7 +77,7 @@ def assemble(setup: Setup, model: TimeModel) -> Assembly:
         host_bytes=setup.host_bytes,
         dtype=torch.bfloat16,
         device="meta",
-        load_threads=config.adapter_load_threads,
+        load_threads=threads,
         clock=clock,
         loader=loader,
         pool=pool,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in for the machine: a clock that is set, a disk and a copy engine that only take time, no memory.
+"""What stands in for the machine: a clock that is set, readers and a copy engine that only take time, no memory.
 
 The manager, its host cache and its books of the device pool are the real ones. `blocking` machines let the clock run
 while they load, as a server does that loads in its step loop.
@@ -18,7 +18,7 @@ import torch
 from shapes import SHAPES, Shape
 
 from multilora_backend.adapters.layout import AdapterWeights, Buffer
-from multilora_backend.adapters.loader import Job, Outcome
+from multilora_backend.adapters.loader import Job, Outcome, Purpose
 from multilora_backend.adapters.peft import AdapterPlan
 from multilora_backend.adapters.pool import DevicePool, Transfer
 from multilora_backend.adapters.ranks import padded
@@ -40,13 +40,19 @@ class Clock:
 
 
 class VirtualLoader:
-    """One disk that serves one job after the other, the most urgent first; what is in the host cache is there at once.
+    """A few threads that read, the most urgent job first; what is in the host cache is there at once.
 
-    What it reads never changes, so that a fingerprint says nothing: it is empty.
+    What they read never changes, so that a fingerprint says nothing: it is empty.
     """
 
     def __init__(
-        self, clock: Clock, model: TimeModel, rank_of: Callable[[str], int], bytes_per_rank: int, blocking: bool
+        self,
+        clock: Clock,
+        model: TimeModel,
+        rank_of: Callable[[str], int],
+        bytes_per_rank: int,
+        threads: int,
+        blocking: bool,
     ) -> None:
         self._clock = clock
         self._model = model
@@ -56,9 +62,10 @@ class VirtualLoader:
         self._queue: list[tuple[int, int, float, Job]] = []
         """Heap: purpose, order, when it was submitted, job."""
         self._order = itertools.count()
-        self._reading: tuple[float, Outcome] | None = None
-        """When the job that is under way ends, and what comes of it."""
-        self._free_at = 0.0
+        self._reading: list[tuple[float, int, Outcome]] = []
+        """Heap of the jobs that are under way: when each ends, order, and what comes of it."""
+        self._free = [0.0] * threads
+        """Heap of the idle threads, by the end of their last jobs."""
         self._ready: list[Outcome] = []
         self.reads = 0
 
@@ -68,11 +75,20 @@ class VirtualLoader:
         elif job.cached is not None:
             self._ready.append(Outcome(job, (), weights=job.cached))
         else:
+            self._work()  # what was there before is begun before, however urgent this one is
             heapq.heappush(self._queue, (job.purpose, next(self._order), self._clock(), job))
             self._work()
-            while self._blocking and self._reading is not None:
-                self._clock.advance(self._reading[0])
+            while self._blocking and self._reading:
+                self._clock.advance(self._reading[0][0])
                 self._work()
+
+    def hurry(self, job: Job) -> None:
+        self._work()
+        for index, (_, order, submitted, queued) in enumerate(self._queue):
+            if queued is job:
+                self._queue[index] = Purpose.DEVICE, order, submitted, job
+                heapq.heapify(self._queue)
+                return
 
     def finished(self) -> list[Outcome]:
         self._work()
@@ -80,7 +96,7 @@ class VirtualLoader:
         return ready
 
     def wait_idle(self, timeout_s: float) -> bool:
-        return self._reading is None
+        return not self._reading
 
     def close(self) -> None:
         pass
@@ -90,24 +106,28 @@ class VirtualLoader:
         """When it will have news; infinite if never."""
         if self._ready:
             return self._clock()
-        return self._reading[0] if self._reading is not None else math.inf
+        return self._reading[0][0] if self._reading else math.inf
 
     def _work(self) -> None:
-        """What the disk has done by now."""
+        """What the threads have done by now, in the order in which they did it."""
         while True:
-            if self._reading is not None:
-                if self._reading[0] > self._clock():
-                    return
-                self._ready.append(self._reading[1])
-                self._reading = None
-            if not self._queue:
+            if self._queue and self._free:
+                self._begin()
+            elif self._reading and self._reading[0][0] <= self._clock():
+                end, _, outcome = heapq.heappop(self._reading)
+                self._ready.append(outcome)
+                heapq.heappush(self._free, end)
+            else:
                 return
-            _, _, submitted, job = heapq.heappop(self._queue)
-            self.reads += 1
-            weights = virtual_weights(job.key, self._rank_of(job.key), self._bytes_per_rank)
-            seconds = self._model.read_s(weights.nbytes)
-            self._free_at = max(self._free_at, submitted) + seconds
-            self._reading = self._free_at, Outcome(job, (), weights=weights, seconds=seconds)
+
+    def _begin(self) -> None:
+        _, order, submitted, job = heapq.heappop(self._queue)
+        begin = max(heapq.heappop(self._free), submitted)
+        self.reads += 1
+        weights = virtual_weights(job.key, self._rank_of(job.key), self._bytes_per_rank)
+        seconds = self._model.read_s(weights.nbytes, len(self._reading) + 1)
+        outcome = Outcome(job, (), weights=weights, seconds=seconds)
+        heapq.heappush(self._reading, (begin + seconds, order, outcome))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +151,12 @@ class VirtualPool(DevicePool):
         self._blocking = blocking
         self._free_at = 0.0
         self._ends: deque[float] = deque()
+        self.launched_until = 0.0
+        """When the steps end that the device has been given so far: a copy begins after them, as the real one does."""
 
     def write(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
         super().write(weights, slot, rank_start, extras_start)
-        self._free_at = max(self._free_at, self._clock()) + self._model.copy_s(weights.nbytes)
+        self._free_at = max(self._free_at, self._clock(), self.launched_until) + self._model.copy_s(weights.nbytes)
         self._ends.append(self._free_at)
         if self._blocking:
             self._clock.advance(self._free_at)

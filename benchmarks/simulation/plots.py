@@ -14,37 +14,40 @@ from simulation.summary import TIMELINE_S
 from simulation.targets import BASELINE
 from simulation.targets import OURS as SCHEDULER
 
-TENANT_COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+TENANT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+"""Okabe and Ito's, which the colour-blind tell apart; lines differ by their style as well."""
+STYLES = ("-", "--", ":", "-.")
 STATE_COLOURS = {"cold": "#eeeeee", "loading": "#f2b134", "active": OURS, "evicting": MUTED, "failed": "#c0392b"}
 
 Cases = Mapping[str, Mapping[str, dict[str, Any]]]
 
 
 def service(cases: Cases, names: tuple[str, ...], path: Path) -> None:
-    """Service of each tenant over time, one row a case, one column a scheduler."""
+    """What each tenant has had so far, over time: one row a case, one column a scheduler."""
     plt = pyplot()
-    figure, grid = plt.subplots(len(names), 2, figsize=(8.2, 2.3 * len(names)), sharex=True, squeeze=False)
+    figure, grid = plt.subplots(
+        len(names), 2, figsize=(8.2, 2.3 * len(names)), sharex=True, sharey="row", squeeze=False
+    )
     for row, name in zip(grid, names, strict=True):
-        top = 0.0
         for axes, scheduler in zip(row, (BASELINE, SCHEDULER), strict=True):
             kept = cases[name][scheduler]["service"]
-            for colour, (tenant, rates) in zip(TENANT_COLOURS, kept["per_s"].items(), strict=False):
-                axes.plot(kept["ends_s"], [rate / 1e3 for rate in rates], color=colour, lw=1.0, label=tenant)
-                top = max(top, *(rate / 1e3 for rate in rates))
+            looks = zip(TENANT_COLOURS, itertools.cycle(STYLES), kept["so_far"].items(), strict=False)
+            for colour, style, (tenant, totals) in looks:
+                millions = [total / 1e6 for total in (0.0, *totals)]
+                axes.plot([0.0, *kept["ends_s"]], millions, style, color=colour, lw=1.4, label=f"tenant {tenant}")
             axes.set_title(f"{name}, {scheduler}", fontsize=9)
-        for axes in row:
-            axes.set_ylim(0, 1.05 * top)
-        row[0].set_ylabel("service, 1000/s")
-        row[1].legend(frameon=False, fontsize=7, ncols=2, loc="lower right")
+        row[0].set_ylim(bottom=0)
+        row[0].set_ylabel("service so far,\nmillions of tokens")
+        row[0].legend(frameon=False, fontsize=8, loc="upper left")
     for axes in grid[-1]:
-        axes.set_xlabel("s")
+        axes.set_xlabel("virtual time, s")
     save(plt, figure, path)
 
 
 def ttft(cases: Cases, names: tuple[str, ...], path: Path) -> None:
     """Time to first token by adapter: bars to p99, marks at p50. The axis is logarithmic."""
     plt = pyplot()
-    figure, grid = plt.subplots(1, len(names), figsize=(8.2, 3.0), width_ratios=[6, 15][: len(names)])
+    figure, grid = plt.subplots(1, len(names), figsize=(8.2, 3.2), width_ratios=[6, 15][: len(names)])
     for axes, name in zip(grid, names, strict=True):
         for shift, (scheduler, colour) in enumerate(((BASELINE, THEIRS), (SCHEDULER, OURS))):
             adapters = sorted(cases[name][scheduler]["adapters"], key=lambda a: int(a["adapter"][1:]))
@@ -54,8 +57,11 @@ def ttft(cases: Cases, names: tuple[str, ...], path: Path) -> None:
             axes.set_xticks(range(len(adapters)), [a["adapter"] for a in adapters], fontsize=7)
         axes.set_yscale("log")
         axes.set_title(name, fontsize=9)
+        axes.set_xlabel("adapter")
     grid[0].set_ylabel("time to first token, s")
-    grid[-1].legend(frameon=False, fontsize=7, loc="upper right")
+    handles, labels = grid[-1].get_legend_handles_labels()
+    # Beside the axes: bars reach everywhere in them.
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.94))
     save(plt, figure, path)
 
 
@@ -75,8 +81,9 @@ def states(cases: Cases, name: str, path: Path) -> None:
     axes.set_yticks(range(len(adapters)), adapters, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(begin, end)
-    axes.set_xlabel("s")
-    axes.set_title(f"{name}: states of the adapters", fontsize=9)
+    axes.set_xlabel("virtual time, s")
+    axes.set_ylabel("adapter")
+    axes.set_title(f"{name}: states of the adapters", fontsize=9, loc="left")
     shown = {state for line in lines.values() for _, state in line}
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for s, c in STATE_COLOURS.items() if s in shown]
     labels = [s for s in STATE_COLOURS if s in shown]

@@ -60,7 +60,7 @@ class Recorder:
     """Adapters whose states are kept."""
     records: list[Record] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    services: dict[str, Service] = field(default_factory=lambda: defaultdict(Service))
+    services: dict[str, Service] = field(default_factory=dict)
     states: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: defaultdict(list))
     """Adapter -> (when, state from then on)."""
     steps: int = 0
@@ -69,7 +69,10 @@ class Recorder:
     adapters_in_steps: int = 0
     """Different adapters of each step, added up."""
     host_s: list[float] = field(default_factory=list)
-    """Real CPU seconds that scheduler and manager took for each step: other work on the machine is not counted."""
+    """Real CPU seconds that scheduler and manager took for each step, with what was submitted and what ended in it.
+
+    Other work on the machine is not counted.
+    """
     full_host_s: list[float] = field(default_factory=list)
     """The same, of steps whose batch was full."""
     _sample_at: float = 0.0
@@ -77,6 +80,10 @@ class Recorder:
     def submitted(self, request: Request) -> Record:
         record = Record(request)
         self.records.append(record)
+        if request.tenant not in self.services:  # it has had nothing and wanted nothing so far
+            samples = len(self.times)
+            totals, backlogged = [0.0] * samples, [False] * samples
+            self.services[request.tenant] = Service(0.0, 0, not samples, totals, backlogged)
         self.services[request.tenant].waiting += 1
         return record
 
@@ -101,9 +108,8 @@ class Recorder:
         for service in self.services.values():
             service.backlogged = service.backlogged and service.waiting > 0
             if sample:
-                missing = len(self.times) - 1 - len(service.totals)
-                service.totals += [0.0] * missing + [service.total]
-                service.always_backlogged += [False] * missing + [service.backlogged]
+                service.totals.append(service.total)
+                service.always_backlogged.append(service.backlogged)
                 service.backlogged = service.waiting > 0
 
     def state(self, adapter: str, now: float, state: str) -> None:

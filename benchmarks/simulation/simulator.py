@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, SamplingParams, Sequence, StepPlan
 from simulation.assembly import Assembly, assemble
@@ -57,6 +57,8 @@ class Run:
     reads: int
     """From disk."""
     evictions: int
+    load_s: list[float]
+    """Of each load, from when it was asked for until the adapter was there."""
     arrivals: Mapping[str, int]
     """Requests by where their adapter was when they came: device, host or disk."""
     cpu_s: float
@@ -70,15 +72,25 @@ class _Launched:
     sampled: tuple[Sequence, ...]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
-def simulate(requests: list[Request], setup: Setup, model: TimeModel | None = None) -> Run:
-    """Plays the requests, in order of time. Raises RuntimeError if the engine is stuck or its books do not balance."""
+def simulate(
+    requests: list[Request],
+    setup: Setup,
+    model: TimeModel | None = None,
+    between: Callable[[Assembly], None] = lambda parts: None,
+) -> Run:
+    """Plays the requests, in order of time, and calls `between` after each turn of the engine's loop.
+
+    Raises RuntimeError if the engine is stuck or its books do not balance.
+    """
     began = time.process_time()
     model = model or TimeModel.read()
     simulator = _Simulator(requests, setup, model, assemble(setup, model))
-    simulator.run()
+    simulator.run(between)
     parts = simulator.parts
     stats = parts.manager.stats()
     return Run(
@@ -89,6 +101,7 @@ def simulate(requests: list[Request], setup: Setup, model: TimeModel | None = No
         stats.loads_total,
         parts.loader.reads,
         stats.evictions_total,
+        stats.load_seconds,
         stats.arrivals,
         time.process_time() - began,
     )
@@ -102,18 +115,19 @@ class _Simulator:
         self._model = model
         self._requests: Iterator[Request] = iter(requests)
         self._next: Request | None = next(self._requests, None)
-        self._records: dict[tuple[str, int, int], Record] = {}
         self._in_flight: _Launched | None = None
-        self._device_free = 0.0
         self._idle_since = math.inf
+        self._host_s = 0.0
+        """Since it was last written down: of the turn that is under way."""
         # Loads in the step loop mean that nothing is launched ahead: the device waits for them too.
         self._overlap = not setup.first_come
 
-    def run(self) -> None:
+    def run(self, between: Callable[[Assembly], None]) -> None:
         parts, setup = self.parts, self._setup
         while (self._next is not None or parts.scheduler.has_work or self._in_flight) and parts.clock.now < setup.until:
             self._submit()
             self._turn()
+            between(parts)
         if not parts.scheduler.has_work:
             parts.pages.check()
             if parts.pages.num_free != parts.pages.num_pages - 1:
@@ -136,19 +150,14 @@ class _Simulator:
                 arrival=request.at,
                 max_len=request.prompt + request.output,
             )
-            self._records[key] = self.recorder.submitted(request)
-            self.parts.add(sequence)
+            self.recorder.submitted(request)
+            self._on_host(self.parts.add, sequence)
             self._next = next(self._requests, None)
 
     def _turn(self) -> None:
         parts = self.parts
-        began = time.thread_time()
-        parts.poll()
-        plan = parts.scheduler.schedule(parts.clock.now)
-        took = time.thread_time() - began
-        self.recorder.host_s.append(took)
-        if len(plan.slots) >= FULL * parts.scheduler.max_num_seqs:
-            self.recorder.full_host_s.append(took)
+        self._on_host(parts.poll)
+        plan = self._on_host(parts.scheduler.schedule, parts.clock.now)
         for adapter in self.recorder.watched:
             self.recorder.state(adapter, parts.clock.now, parts.state(adapter))
         launched = self._launch(plan) if plan.slots else None
@@ -162,20 +171,32 @@ class _Simulator:
             self._wait()
         else:
             self._idle_since = math.inf
+            self.recorder.host_s.append(self._host_s)
+            if len(plan.slots) >= FULL * parts.scheduler.max_num_seqs:
+                self.recorder.full_host_s.append(self._host_s)
+            self._host_s = 0.0
+
+    def _on_host(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Calls what is the scheduler's or the manager's, and counts the CPU time that it takes."""
+        began = time.thread_time()
+        result = work(*arguments, **named)
+        self._host_s += time.thread_time() - began
+        return result
 
     def _launch(self, plan: StepPlan) -> _Launched:
         now = self.parts.clock.now
-        start = max(now, self._device_free)
-        end = self._device_free = start + self._model.step_s(plan, self.parts.rank_of)
+        start = max(now, self.parts.pool.launched_until)
+        end = self.parts.pool.launched_until = start + self._model.step_s(plan, self.parts.rank_of)
         sampled = []
         for slot in plan.slots:
             sequence = slot.sequence
             if slot.samples:
                 sequence.token_ids.append(UNKNOWN_TOKEN)
                 sampled.append(sequence)
-            record = self._records[sequence.key]
-            if record.started == math.inf:
-                self.recorder.started(record, start)
+            if not slot.start:  # its first step, as nothing is cached; or the first after a preemption
+                record = self._record(sequence)
+                if record.started == math.inf:
+                    self.recorder.started(record, start)
         self.recorder.steps += 1
         self.recorder.busy_s += end - start
         self.recorder.adapters_in_steps += len(plan.adapters)
@@ -186,14 +207,16 @@ class _Simulator:
         parts.clock.advance(launched.end)
         now = parts.clock.now
         for sequence in launched.sampled:
-            record = self._records[sequence.key]
+            record = self._record(sequence)
             recorder.token(record, now)
             if record.tokens == record.request.output:
                 record.last = now
-                parts.finish(sequence, FinishReason.LENGTH)
-                del self._records[sequence.key]
-        parts.scheduler.publish(launched.plan)
+                self._on_host(parts.finish, sequence, FinishReason.LENGTH)
+        self._on_host(parts.scheduler.publish, launched.plan)
         recorder.after_step(now)
+
+    def _record(self, sequence: Sequence) -> Record:
+        return self.recorder.records[sequence.key[1]]
 
     def _wait(self) -> None:
         """Nothing runs: on to whatever comes next."""

@@ -19,8 +19,8 @@ ADAPTERS_SHOWN = 16
 PERCENTS = (50, 90, 99)
 TIMELINE_S = (100.0, 160.0)
 """What is kept of the states of adapters: a minute, after the start is over."""
-WINDOW_S = 5.0
-"""Width of a point in the series of service over time."""
+WINDOW_S = 2.0
+"""Between two points in the series of service over time."""
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -85,10 +85,12 @@ def _within(line: Sequence[tuple[float, str]], begin: float, end: float) -> list
 
 
 def _by_adapter(records: Sequence[Record], end: float) -> list[dict[str, Any]]:
-    """The most asked for first; those beyond the shown ones are left out."""
+    """The most asked for first. Nothing if there are more than a table or a plot could show."""
     by_adapter: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_adapter[record.request.adapter].append(record)
+    if len(by_adapter) > ADAPTERS_SHOWN:
+        return []
     ranked = sorted(by_adapter.items(), key=lambda item: -len(item[1]))
     return [
         {
@@ -97,21 +99,16 @@ def _by_adapter(records: Sequence[Record], end: float) -> list[dict[str, Any]]:
             "wait_s": _spread(_waits(mine, end)),
             "ttft_s": _spread([min(r.ttft, end - r.request.at) for r in mine]),
         }
-        for name, mine in ranked[:ADAPTERS_SHOWN]
+        for name, mine in ranked
     ]
 
 
 def _service(recorder: Recorder) -> dict[str, Any]:
-    """Service a second of each tenant, by windows. Empty where the traffic names no tenants."""
-    tenants = [name for name in sorted(recorder.services) if name]
+    """What each tenant has had by the end of each window. Empty where the traffic names no tenants."""
     ends, picked = [], []
     for index, now in enumerate(recorder.times):
         if now >= (len(ends) + 1) * WINDOW_S:
             ends.append(now)
             picked.append(index)
-    rates: dict[str, list[float]] = {}
-    for name in tenants:
-        totals = [0.0, *(recorder.services[name].totals[i] for i in picked)]
-        spans = zip(totals, totals[1:], [0.0, *ends], ends, strict=False)
-        rates[name] = [(after - before) / (stop - start) for before, after, start, stop in spans]
-    return {"ends_s": ends, "per_s": rates, "totals": {name: recorder.services[name].total for name in tenants}}
+    tenants = [name for name in sorted(recorder.services) if name]
+    return {"ends_s": ends, "so_far": {name: [recorder.services[name].totals[i] for i in picked] for name in tenants}}

@@ -65,12 +65,22 @@ def source(result: Result) -> str:
     return f"`{at['command']}`, CPython {at['python']}, {at['cores']} cores; commit {at['commit']}, {at['date']}."
 
 
+FIT_COLUMNS = ("run", "figure", "measured", "at commit", "simulated", "ratio")
+
+
+def fit_rows(fitted: list[dict[str, Any]]) -> list[list[str]]:
+    """A row of FIT_COLUMNS for each run that the time model can be held against."""
+    rows = []
+    for row in fitted:
+        measured, simulated = row["measured"], row["simulated"]
+        digits = 0 if measured >= 1000 else 2
+        before, after = (f"{value:,.{digits}f}" for value in (measured, simulated))
+        rows.append([row["run"], row["figure"], before, row["commit"], after, f"{simulated / measured:.3f}"])
+    return rows
+
+
 def fit(result: Result) -> str:
-    rows = [
-        [r["mix"], f"{r['measured']:,.0f}", f"{r['simulated']:,.0f}", f"{r['simulated'] / r['measured']:.3f}"]
-        for r in result["fit"]
-    ]
-    return markdown(["adapters in the mix", "measured, tokens/s", "simulated", "ratio"], rows)
+    return markdown(FIT_COLUMNS, fit_rows(result["fit"]))
 
 
 def parameters(result: Result) -> str:

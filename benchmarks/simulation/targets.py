@@ -14,6 +14,14 @@ from simulation.record import INPUT_WEIGHT, OUTPUT_WEIGHT
 
 OURS, BASELINE = "multilora", "first-come"
 
+OVERLOADED = (
+    "vtc overload",
+    "vtc overload-multi",
+    "vtc on-off-less",
+    "vtc on-off-overload",
+    "vtc poisson-on-off",
+)
+
 Runs = Mapping[str, Mapping[str, dict[str, Any]]]
 """Case -> scheduler -> figures."""
 
@@ -42,9 +50,9 @@ def vtc_bound(figures: Mapping[str, Any], max_num_seqs: int, kv_tokens: int) -> 
 
 
 def fairness(runs: Runs) -> Iterator[Target]:
-    """Only where tenants are backlogged together is there something to bound."""
+    """Of all suites in which a tenant asks for more than its share, steadily or with pauses."""
     sequences, tokens = Config().max_num_seqs, TimeModel.read().kv_tokens
-    for case in ("vtc overload", "vtc overload-multi", "vtc on-off-overload", "vtc poisson-on-off"):
+    for case in OVERLOADED:
         if case not in runs:
             continue
         ours, theirs = runs[case][OURS], runs[case][BASELINE]

@@ -59,6 +59,7 @@ class MemoryLoader:
         self.jobs: list[Job] = []
         self.outcomes: list[Outcome] = []
         self.read: list[str] = []
+        self.hurried: list[str] = []
         self._stamps: Counter[str] = Counter()
 
     def change(self, folder: str, content: Content) -> None:
@@ -71,6 +72,9 @@ class MemoryLoader:
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
+
+    def hurry(self, job: Job) -> None:
+        self.hurried.append(job.key)
 
     def run(self, count: int = 10**6) -> None:
         """The first jobs end."""

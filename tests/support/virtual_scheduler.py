@@ -26,7 +26,7 @@ class FakeAdapters:
         self.instant = instant
         self.active: list[str] = []
         """Used least recently first."""
-        self.loading: list[str] = []
+        self.in_transit: list[str] = []
         self.leases: Counter[str] = Counter()
         self.on_disk = set(on_disk)
         self.sizes: dict[str, int] = {}
@@ -36,24 +36,27 @@ class FakeAdapters:
     def request(self, key: str, protect: Collection[str] = ()) -> AdapterState:
         if key in self.active:
             return AdapterState.ACTIVE
-        if key not in self.loading:
-            if len(self.active) + len(self.loading) >= self.room:
+        if key not in self.in_transit:
+            if len(self.active) + len(self.in_transit) >= self.room:
                 idle = [a for a in self.active if not self.leases[a] and a not in protect]
                 if not idle:
                     return AdapterState.COLD
                 self.active.remove(idle[0])
-            self.loading.append(key)
+            self.in_transit.append(key)
             self.loads += 1
         if self.instant:
             self.land()
         return AdapterState.ACTIVE if self.instant else AdapterState.LOADING
 
     def waits_for_room(self, key: str) -> bool:
-        return key not in self.active + self.loading
+        return key not in self.active + self.in_transit
+
+    def loading(self, key: str) -> bool:
+        return key in self.in_transit
 
     def land(self) -> None:
-        self.active += self.loading
-        self.loading = []
+        self.active += self.in_transit
+        self.in_transit = []
 
     def lease(self, key: str) -> Lease | None:
         if key not in self.active:
@@ -78,7 +81,8 @@ class FakeAdapters:
         self.on_disk.discard(key)
 
     def device_bytes(self, key: str) -> tuple[int, bool]:
-        return self.sizes.get(key, 1), key in self.active + self.loading
+        size = self.sizes.get(key, 1)
+        return size, size > 0 and key in self.active + self.in_transit
 
     def give_up(self, key: str) -> bool:
         if key not in self.active or self.leases[key]:

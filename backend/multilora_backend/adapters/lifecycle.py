@@ -53,7 +53,9 @@ class Lifecycle:
         if at_once and cached is not None:
             self.residency.write(record, cached)
             return record.state
-        if not reading:
+        if reading:  # as a prefetch, say, which all that somebody waits for would overtake
+            self.readings.hurry(record.key)
+        else:
             self.readings.submit(record, Purpose.DEVICE, cached, self._trusts(record))
         self.readings.protect(record.key, protect)
         return record.state

@@ -165,6 +165,10 @@ class AdapterManager(Commands):
         """True if the last `request` was in vain because of leases, and not because other loads come first."""
         return self._life.waits_for_room(self._record(key))
 
+    def loading(self, key: str) -> bool:
+        """True from a `request` that was heard until the adapter is ACTIVE, or will not be."""
+        return self._record(key).state is AdapterState.LOADING
+
     def lease(self, key: str) -> Lease | None:
         """None unless ACTIVE. Give each lease back by `release`."""
         lease = self._life.residency.leases.get(key)

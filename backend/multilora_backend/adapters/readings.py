@@ -20,6 +20,8 @@ class Readings:
         self._jobs: dict[Job, AdapterRecord] = {}
         self._protect: dict[str, frozenset[str]] = {}
         """Whose weights are being read, and what they may not evict."""
+        self._reads: dict[str, Job] = {}
+        """Their jobs, by key."""
         self._local = 0
         """How many of them are read from this machine. Downloads have threads of their own and are not waited for."""
 
@@ -42,9 +44,14 @@ class Readings:
         job = Job(record.key, record.entry.source, purpose, record.fingerprint, cached, frozen)
         if job.weights:
             self._protect[record.key] = frozenset()
+            self._reads[record.key] = job
             self._local += job.source.is_local
         self._jobs[job] = record
         self._loader.submit(job)
+
+    def hurry(self, key: str) -> None:
+        """Somebody waits for what is being read, for whatever it was begun."""
+        self._loader.hurry(self._reads[key])
 
     def protect(self, key: str, keys: Collection[str]) -> None:
         """What may not be evicted for a record that is being read."""
@@ -57,5 +64,6 @@ class Readings:
             protect: frozenset[str] = frozenset()
             if outcome.job.weights:
                 protect = self._protect.pop(record.key, protect)
+                self._reads.pop(record.key, None)
                 self._local -= outcome.job.source.is_local
             yield record, outcome, protect

@@ -52,7 +52,7 @@ class Engine:
         # A core is left to the front end: OpenMP's threads wait for each other, so one that is preempted stops all.
         torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1))
         self.config = config
-        tenants = Tenants.read(config.tenants)  # before anything that takes long
+        tenants, policy = Tenants.read(config.tenants), Policy.from_config(config)  # before anything that takes long
         self.model = load_model(config)
         if self.model.device.type == "cuda" and not config.num_threads:
             torch.set_num_threads(min(torch.get_num_threads(), CUDA_CPU_THREADS))
@@ -65,16 +65,18 @@ class Engine:
         self.card = model_card(self.model, config)
         attach_kv_cache(self.model.module, num_pages, config.block_size, self.model.device)
         self.adapters.check_all(wait_s=CHECK_ADAPTERS_S)
+        host = memory.host_pages(config, self.model)
         self.scheduler = Scheduler(
             self.pages,
             self.adapters,
-            Policy.from_config(config),
+            policy,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_loras=config.max_loras,
             tenants=tenants,
+            host=host,
         )
-        self.runner = create_runner(config, self.model, lora)
+        self.runner = create_runner(config, self.model, lora, host.num_pages)
         cuda = self.model.device.type == "cuda"
         self._overlap = config.async_scheduling == "true" or (config.async_scheduling == "auto" and cuda)
         self._in_flight: Launched | None = None
@@ -126,6 +128,7 @@ class Engine:
         self.administration.poll()
         now = time.monotonic()
         plan = self.scheduler.schedule(now)
+        self.runner.move_pages(plan.moves)
         launched = self._launch(plan, now) if plan.slots else None
         before, self._in_flight = self._in_flight, launched
         if before is not None:
@@ -187,11 +190,11 @@ class Engine:
     def check_idle(self) -> None:
         """Raises RuntimeError if an idle engine still holds something."""
         self.pages.check()
-        if self.pages.num_free != self.pages.num_pages - 1:
-            raise RuntimeError(f"idle, but {self.pages.num_pages - 1 - self.pages.num_free} pages are held")
-
-        if self.adapters.held:
-            raise RuntimeError(f"idle, but adapters have {self.adapters.held} holders")
+        pages, host = self.pages, self.scheduler.host
+        held = {"KV pages": pages.num_pages - 1 - pages.num_free, "pages on the host": host.num_pages - host.num_free}
+        for what, count in {**held, "holds of adapters": self.adapters.held}.items():
+            if count:
+                raise RuntimeError(f"idle, but there are {count} {what}")
 
     def close(self) -> None:
         if self._watcher is not None:

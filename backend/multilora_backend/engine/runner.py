@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from multilora_backend.config import Config
-from multilora_backend.core import Slot, StepPlan
+from multilora_backend.core import PageMove, Slot, StepPlan
 from multilora_backend.engine.graphs import DecodeGraphs
+from multilora_backend.engine.host_pages import HostPageStore
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraphs
 from multilora_backend.engine.sampler import Pending, Sampled, Sampler
 from multilora_backend.models import context
@@ -54,6 +56,7 @@ class ModelRunner:
         inputs: StepInputs,
         page_size: int,
         max_slots: int,
+        host_pages: HostPageStore | None = None,
     ) -> None:
         self.sampler = Sampler(model.config.vocab_size, model.eos_token_ids, model.device)
         self.decode_graphs: DecodeGraphs | None = None
@@ -63,6 +66,7 @@ class ModelRunner:
         self._lora = lora
         self._inputs = inputs
         self._page_size = page_size
+        self._host_pages = host_pages
         self._drawn = torch.zeros(max_slots, dtype=torch.int32, device=model.device)
         self._drawn_rows: dict[tuple[str, int, int], int] = {}
 
@@ -115,6 +119,11 @@ class ModelRunner:
         self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
         attention.plan(batch)
         self._inputs.planned()
+
+    def move_pages(self, moves: Sequence[PageMove]) -> None:
+        """Queues copies of KV pages to the host and back, before the step that is launched next."""
+        if self._host_pages is not None:
+            self._host_pages.move(moves)
 
     def forward(
         self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
@@ -185,7 +194,7 @@ class ModelRunner:
         self.decode_graphs, self.prompt_graphs = decode, prompts
 
 
-def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy) -> ModelRunner:
+def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy, num_host_pages: int) -> ModelRunner:
     """The runner, warmed up: on CUDA every kernel is compiled and steps are captured when this returns."""
     slots, page_size = config.max_num_seqs, config.block_size
     rows = max(config.max_num_batched_tokens, slots)
@@ -196,8 +205,10 @@ def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy) -> Mod
         max_pages=max(slots * -(-model.max_model_len // page_size), rows // page_size + 1) + rows,
         device=model.device,
     )
-    attention = create_attention(attention_modules(model.module), page_size, model.dtype, inputs)
-    runner = ModelRunner(model, attention, lora, inputs, page_size, slots)
+    layers = attention_modules(model.module)
+    attention = create_attention(layers, page_size, model.dtype, inputs)
+    store = HostPageStore([layer.kv_cache for layer in layers], num_host_pages) if num_host_pages else None
+    runner = ModelRunner(model, attention, lora, inputs, page_size, slots, store)
     if model.device.type == "cuda":
         started = time.monotonic()
         runner.warm_up(config.max_num_batched_tokens)

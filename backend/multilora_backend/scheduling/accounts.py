@@ -33,6 +33,12 @@ class Account:
     lines: int = 0
     """Lines with any sequence, likewise: while there are some, the account stays."""
     children: dict[str, Account] = field(default_factory=dict)
+    active: float = 0.0
+    """Weights of the children that have lines."""
+    fair: float = 0.0
+    """Where a child would stand that had always had its fair share: service over `active`, added up."""
+    held: bool = False
+    """A tenant that may not start anything, by its caps: what it has waiting is no backlog, so it saves up nothing."""
     _least: list[tuple[float, int, Account]] = field(default_factory=list)
     """Heap of the children with a backlog. Counters only grow, so an entry may say too little, never too much."""
     _last: Account | None = None
@@ -45,16 +51,25 @@ class Account:
         if account is None:
             if len(self.children) >= self._sweep_at:
                 self._sweep()
-            account = self.children[name] = Account(weight, self, self.level())
+            account = self.children[name] = Account(weight, self, self.entry())
         account.weight = weight
         return account
 
+    def entry(self) -> float:
+        """Where a child that comes back starts.
+
+        That is VTC's level, unless some have fallen behind their fair share: they come first. With the level alone,
+        newcomers who never stop coming would keep it where it is, and nobody who is ahead of it would ever be served.
+        """
+        self.fair = max(self.fair, self.level())
+        return self.fair
+
     def level(self) -> float:
-        """Where a child that comes back starts: at the least of those with a backlog, or where the last one stands."""
+        """The least counter of the children with a backlog, or that of the last one that had some."""
         heap = self._least
         while heap:
             served, entry, account = heap[0]
-            if not account.backlog:
+            if not account.backlog or account.held:
                 heapq.heappop(heap)
             elif served < account.served:
                 heapq.heapreplace(heap, (account.served, entry, account))
@@ -62,26 +77,58 @@ class Account:
                 return served
         return self._last.served if self._last is not None else 0.0
 
-    def gain(self) -> None:
-        """One more line has something waiting."""
-        if not self.backlog and self.parent is not None:
-            self.served = max(self.served, self.parent.level())
-            self.parent._entries += 1
-            heapq.heappush(self.parent._least, (self.served, self.parent._entries, self))
-        self.backlog += 1
+    def gain(self, lines: int = 1) -> None:
+        """So many more lines have something waiting."""
+        if lines and not self.backlog and not self.held:
+            self._come_back()
+        self.backlog += lines
 
-    def lose(self) -> None:
-        self.backlog -= 1
-        if not self.backlog and self.parent is not None:
+    def lose(self, lines: int = 1) -> None:
+        self.backlog -= lines
+        if lines and not self.backlog and self.parent is not None and not self.held:
             self.parent._last = self
+
+    def hold(self) -> None:
+        """Its caps let it start nothing."""
+        parent = self.parent
+        if not self.held and parent is not None:
+            if self.backlog:
+                parent._last = self
+                if parent.parent is not None:  # nobody counts at the root
+                    parent.lose(self.backlog)
+            self.held = True
+
+    def unhold(self) -> None:
+        """It may start something again, as if it had just come back."""
+        parent = self.parent
+        if self.held and parent is not None:
+            if self.backlog:
+                if parent.parent is not None:
+                    parent.gain(self.backlog)
+                self._come_back()  # while it is held it is not compared with itself
+            self.held = False
+
+    def _come_back(self) -> None:
+        parent = self.parent
+        if parent is not None:
+            self.served = max(self.served, parent.entry())
+            if len(parent._least) > 2 * len(parent.children) + SWEEP_AT:  # one that stays behind hides old entries
+                parent._rebuild()
+            parent._entries += 1
+            heapq.heappush(parent._least, (self.served, parent._entries, self))
 
     def _sweep(self) -> None:
         """Drops children that would be lifted when they come back: nothing is known of them that matters."""
-        level = self.level()
-        self.children = {name: a for name, a in self.children.items() if a.lines or a.served > level}
-        self._least = [entry for entry in self._least if entry[2].backlog]
-        heapq.heapify(self._least)
+        entry = self.entry()
+        self.children = {name: a for name, a in self.children.items() if a.lines or a.served > entry}
+        self._rebuild()
         self._sweep_at = max(SWEEP_AT, 2 * len(self.children))
+
+    def _rebuild(self) -> None:
+        waiting = [a for a in self.children.values() if a.backlog and not a.held]
+        self._least = [(account.served, number, account) for number, account in enumerate(waiting, 1)]
+        heapq.heapify(self._least)
+        self._entries = len(waiting)
 
 
 @dataclass(eq=False)
@@ -94,7 +141,8 @@ class Accounts:
         """The accounts of a line, from the top, by name and weight; `close` it when the line is gone."""
         path, account = [], self.root
         for name, weight in levels:
-            account = account.child(name, weight)
+            parent, account = account, account.child(name, weight)
+            parent.active += 0.0 if account.lines else account.weight
             account.lines += 1
             path.append(account)
         return tuple(path)
@@ -103,20 +151,33 @@ class Accounts:
 def close(path: Path) -> None:
     for account in path:
         account.lines -= 1
+        if not account.lines and account.parent is not None:
+            account.parent.active -= account.weight
 
 
 def backlogged(path: Path) -> None:
     """A line that had nothing waiting has. From the top: an account is lifted among its siblings."""
-    for account in path:
+    for account in _counting(path):
         account.gain()
 
 
 def emptied(path: Path) -> None:
-    for account in path:
+    for account in _counting(path):
         account.lose()
+
+
+def _counting(path: Path) -> Path:
+    """Accounts that a line's backlog counts at: none above one that is held."""
+    for index, account in enumerate(path):
+        if account.held:
+            return path[index:]
+    return path
 
 
 def charge(path: Path, service: float) -> None:
     """`service` is in weighted tokens."""
     for account in path:
         account.served += service / account.weight
+        parent, weight = account.parent, account.weight
+        if parent is not None:
+            parent.fair += service / (parent.active if parent.active > weight else weight)

@@ -16,6 +16,10 @@ class Adapters(Protocol):
         """Asks for an adapter to become ACTIVE. Room is never made by evicting one of `protect`."""
         ...
 
+    def loading(self, key: str) -> bool:
+        """True while it is read or copied; what comes of that needs no further `request`."""
+        ...
+
     def waits_for_room(self, key: str) -> bool:
         """True if the adapter cannot be loaded before leases of others are given back."""
         ...

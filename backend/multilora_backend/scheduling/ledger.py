@@ -38,6 +38,9 @@ class Ledger:
             nbytes, has = self._adapters.device_bytes(key)
             if has:
                 held[key] = nbytes
+            elif not nbytes and self._adapters.loading(key):
+                if not need and key != line.adapter:
+                    return False  # one adapter of unknown size at a time: it may be as large as the whole cap
             else:
                 self._forget(key)
         idle = [key for key in held if key not in running]

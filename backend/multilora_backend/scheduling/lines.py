@@ -47,6 +47,13 @@ class Line:
     def tenant(self) -> str:
         return self.quota.tenant.name
 
+    def held_back(self, now: float) -> float:
+        """Seconds until its tenant may start one more, which takes it out of the sharing until it does."""
+        delay = self.quota.delay(now) if self.quota.capped else 0.0
+        if delay > 0:
+            self.path[-2].hold()
+        return delay
+
 
 class Lines:
     """All lines, and the books that go with them: accounts and quotas."""
@@ -75,7 +82,7 @@ class Lines:
     def next_event(self, now: float) -> float:
         """When the first tenant that waits for its bucket of tokens may start something; infinite if none does."""
         waiting = (quota for quota in self._quotas.values() if quota.waiting and quota.tenant.tokens_per_s)
-        return min((now + quota.delay(now) for quota in waiting), default=math.inf)
+        return min((now + delay for quota in waiting if (delay := quota.delay(now)) > 0), default=math.inf)
 
     def join(self, sequence: Sequence, now: float) -> Line:
         """Gives a new sequence its line; `put` lets it wait there."""
@@ -127,6 +134,7 @@ class Lines:
 
     def charge_prompt(self, sequence: Sequence, now: float) -> None:
         line = line_of(sequence)
+        line.path[-2].unhold()
         charge(line.path, self._policy.input_weight * sequence.prompt_len)
         line.quota.charge(sequence.prompt_len, now)
 
@@ -135,7 +143,8 @@ class Lines:
         for line in self.running:
             if line.sampled:
                 charge(line.path, self._policy.output_weight * line.sampled)
-                line.quota.charge(line.sampled, now)
+                if line.quota.tenant.tokens_per_s:
+                    line.quota.charge(line.sampled, now)
                 line.sampled = 0
 
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose KV pages go when there are too few: those of paused sequences before those of running ones."""
+"""Whose KV pages go when there are too few: those of paused sequences before those of running ones.
+
+They go to the host where that is cheaper than to compute them again (`scheduling.host`) and there is room.
+"""
 
 from __future__ import annotations
 
 from multilora_backend.core import Sequence, SequenceStatus
+from multilora_backend.scheduling.host import HostPages
 from multilora_backend.scheduling.lines import Key
 from multilora_backend.scheduling.pages import PageTable
 
@@ -11,7 +15,8 @@ from multilora_backend.scheduling.pages import PageTable
 class Memory:
     """The page table, and the sequences that hold pages without using them."""
 
-    def __init__(self, pages: PageTable) -> None:
+    def __init__(self, pages: PageTable, host: HostPages) -> None:
+        self.host = host
         self.paused: dict[Key, Sequence] = {}
         """Oldest pause first."""
         self.losses = 0
@@ -32,13 +37,34 @@ class Memory:
                 return True
         return False
 
-    def take_back(self, sequence: Sequence) -> None:
-        """What becomes of a sequence that does not run and whose pages are needed: it is computed again later.
+    def admit(self, sequence: Sequence) -> None:
+        """What the prefix cache has for a sequence without pages."""
+        if not sequence.pages:
+            self._pages.admit(sequence, sequence.root)
 
-        That is decided here and nowhere else: to move its pages to the host instead, this is the place.
-        """
-        self.paused.pop(sequence.key, None)
+    def bring_back(self, sequence: Sequence) -> None:
+        """What the host has, into pages that the sequence has got."""
+        if sequence.host_pages:
+            self.host.give_back(sequence, self._pages.page_size)
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended, or what was computed of it cannot be used again."""
         self._pages.release(sequence)
+        self.host.forget(sequence)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Another version of the adapter has computed the pages of a sequence that is about to run."""
+        self.paused.pop(sequence.key, None)
+        self.release(sequence)
+        if sequence.status is not SequenceStatus.WAITING:
+            sequence.transition(SequenceStatus.WAITING)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """The pages of a sequence that does not run are needed: they move to the host, or are computed again later."""
+        self.paused.pop(sequence.key, None)
+        kept = self.host.take_in(sequence, self._pages.page_size)
+        self._pages.release(sequence)
+        sequence.setbacks = 0 if kept or sequence.num_tokens > sequence.start_len else sequence.setbacks + 1
         if sequence.status is not SequenceStatus.WAITING:
             sequence.transition(SequenceStatus.WAITING)
         self.losses += 1

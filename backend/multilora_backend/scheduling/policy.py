@@ -25,6 +25,9 @@ STRATEGIES = ("adapter_first", "fair_share", "priority", "preload")
 URGENT_S = 0.5
 """So long before its deadline a request goes first among its tenant's."""
 
+LIGHTEST = 1 / 64
+"""Of a class's weight, where it makes requests wait for a slot: nobody is overtaken for longer than by this."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -62,23 +65,18 @@ class Policy:
     def accounts(self, sla: SlaClass, tenant: Tenant, adapter: str) -> list[tuple[str, float]]:
         """Names and weights of the accounts that a line's service is charged to, from the top."""
         levels = [(sla.name, sla.weight)] if self.priority else []
-        if self.fair_share:
-            levels += [(tenant.name, tenant.weight), (adapter_name(adapter), 1.0)]
-        return levels
+        return [*levels, (tenant.name, tenant.weight), (adapter_name(adapter), 1.0)]
 
     def rank(self, line: Line, now: float) -> tuple[float, ...]:
         """Smaller is admitted sooner. Of a line with something waiting; its head is meant."""
         head, path = line.head, line.path
-        late = head.started is not None or head.deadline - now > URGENT_S
-        if self.priority and self.fair_share:
-            group, tenant, adapter = path
-            return group.served, -group.weight, tenant.served, late, adapter.served, head.arrival
+        if not self.priority:
+            return (path[0].served, path[1].served, head.arrival) if self.fair_share else (head.arrival,)
+        patient = head.started is not None or head.deadline - now > URGENT_S
+        group = path[0]
         if self.fair_share:
-            tenant, adapter = path
-            return tenant.served, late, adapter.served, head.arrival
-        if self.priority:
-            return path[0].served, -path[0].weight, late, head.arrival
-        return (head.arrival,)
+            return group.served, -group.weight, path[1].served, patient, path[2].served, head.arrival
+        return group.served, -group.weight, patient, head.arrival
 
     def due(self, line: Line, left: float) -> float:
         """When a line becomes overdue for an adapter slot; the smallest gets the next one.
@@ -87,13 +85,15 @@ class Policy:
         What has never run waits since it came, but at most `seniority_s` longer than that: however old the requests
         are that somebody has flooded us with, the adapters of others have their turns.
         """
-        overtake = self.max_overtake_s / self.weight(line) if self.adapter_first else 0.0
+        overtake = self.max_overtake_s / max(self.weight(line), LIGHTEST) if self.adapter_first else 0.0
         due = math.inf
         if len(line.fresh) < len(line.waiting):
             due = max(line.head.arrival, left) + overtake
         if line.fresh:
             oldest = next(iter(line.fresh.values()))
-            due = min(due, max(oldest.arrival, left - self.seniority_s) + overtake, oldest.deadline)
+            due = min(due, max(oldest.arrival, left - self.seniority_s) + overtake)
+            if self.priority:
+                due = min(due, oldest.deadline)
         return due
 
     @property

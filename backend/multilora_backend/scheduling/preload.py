@@ -72,16 +72,14 @@ class Preloader:
         self._enabled = enabled
         self._look_at = 0.0
 
-    def look(self, now: float, waiting: Collection[str], running: Collection[str]) -> None:
-        """`waiting` and `running` are adapters that need no prediction."""
+    def look(self, now: float, waiting: Collection[str]) -> None:
+        """`waiting` are adapters that somebody waits for."""
         hot = self.arrivals.hot
         if not self._enabled or now < self._look_at or not hot:
             return
         self._look_at = now + EVERY_S
         key = next(iter(hot))
         hot[key] = hot.pop(key)  # to the end: each has its turn
-        if key in waiting or key in running:
-            return
         try:
             prospect = Prospect(key, self.arrivals.rate(key, now), self._adapters.load_cost_s(key))
             plan = plan_preload(prospect, self._adapters.resident(), waiting, self.arrivals.scores)

@@ -7,7 +7,7 @@ progress, then newly admitted sequences. Which adapters take part is decided bef
 Two things stop a running sequence. When its adapter is turned out it is *paused*: it gives its lease back and keeps
 its pages, so that going on costs nothing. When pages run out they are taken from paused sequences first, the newest
 pause first, then from the running ones that are last in the order of service (*preempted*); what has lost its pages
-is computed again.
+has them moved to the host (`scheduling.host`) or is computed again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 from multilora_backend.core import FinishReason, Sequence, Slot, StepPlan, adapter_name
 from multilora_backend.errors import invalid
-from multilora_backend.scheduling.batch import advance, in_order
+from multilora_backend.scheduling.batch import advance, decode, in_order, take_victim
+from multilora_backend.scheduling.host import HostPages
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.lines import Key, Line
 from multilora_backend.scheduling.pages import PageTable
@@ -42,15 +43,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_loras: int = 0,
         tenants: Tenants = NO_TENANTS,
+        host: HostPages | None = None,
     ) -> None:
-        """`max_loras` bounds the different adapters in one step; 0 is no bound."""
+        """`max_loras` bounds the different adapters in one step; 0 is no bound. Without `host` no page is moved."""
         self.pages = pages
         self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_loras = max_loras
-        self._sequences = Sequences(pages, adapters, policy, tenants, max_loras)
+        self.host = host or HostPages(0, 0)
+        self._sequences = Sequences(pages, self.host, adapters, policy, tenants, max_loras)
         self._memory = self._sequences.memory
+        self._adapters = adapters
         self._preloader = Preloader(adapters, policy.preload)
         self._now = 0.0
         self.lines, self.turns = self._sequences.lines, self._sequences.turns
@@ -84,8 +88,13 @@ class Scheduler:
     def check(self, tenant: str, adapter: str, count: int) -> None:
         """Raises MultiloraError if the tenant may not use the adapter, or have so many more sequences wait."""
         quota = self.lines.quota(tenant, self._now)
-        if not quota.tenant.may_use(adapter_name(adapter)):
-            raise invalid("lora_name", f"tenant {tenant!r} may not use {adapter_name(adapter)!r}")
+        name, cap = adapter_name(adapter), quota.tenant.adapter_bytes
+        if not quota.tenant.may_use(name):
+            raise invalid("lora_name", f"tenant {tenant!r} may not use {name!r}")
+        if adapter and cap:
+            nbytes, _ = self._adapters.device_bytes(adapter)
+            if nbytes > cap:
+                raise invalid("lora_name", f"{name!r} takes {nbytes} bytes, and adapter_bytes of {tenant!r} is {cap}")
         quota.check(count)
 
     def add(self, sequence: Sequence) -> None:
@@ -108,8 +117,11 @@ class Scheduler:
         return self.lines.next_event(self._now)
 
     def schedule(self, now: float) -> StepPlan:
-        """Plans the next step. Computed tokens are counted here, before they are computed."""
-        self._now = now
+        """Plans the next step. Computed tokens are counted here, before they are computed.
+
+        A clock that goes back stands still until it is where it was.
+        """
+        now = self._now = max(now, self._now)
         if self.waiting or self.turns.holders:
             seats = len(self.running) < self.max_num_seqs
             self.turns.take(now, seats, lambda turn: self._sequences.pause(turn, now))
@@ -117,9 +129,9 @@ class Scheduler:
         if not preempted and budget > 0 and self.waiting:
             self._admit(slots, budget, now)
         self.lines.charge_sampled(now)
-        if not self.turns.wanting:  # those who wait already come first
-            self._preloader.look(now, self.lines.waiting_by_adapter, self.turns.holders)
-        return StepPlan(tuple(slots), tuple(preempted))
+        if not (self.waiting and self.turns.wanted):  # those who wait already come first
+            self._preloader.look(now, self.lines.waiting_by_adapter)
+        return StepPlan(tuple(slots), tuple(preempted), self.host.take_moves())
 
     def publish(self, plan: StepPlan) -> None:
         """After a step: what it computed can be found by other sequences."""
@@ -131,20 +143,19 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         slots: list[Slot] = []
         preempted: list[Sequence] = []
+        queue = decode(self.running.values(), self.pages, slots)
+        budget -= len(slots)
         by_class = self.policy.priority and self._sequences.classes_differ
-        queue = in_order(self.running.values(), by_class=by_class)
-        at, end, size = 0, len(queue), self.pages.page_size
-        while at < end and budget > 0:
+        queue = in_order(queue, by_class=by_class)
+        at = 0
+        while at < len(queue) and budget > 0:
             sequence = queue[at]
             at += 1
-            # The table is asked only for pages that are missing: this loop is most of what a step costs the host.
             count = min(len(sequence.token_ids) - sequence.num_computed, budget)
-            stop = sequence.num_computed + count
-            while stop > len(sequence.pages) * size and not self.pages.extend(sequence, stop):
+            while not self.pages.extend(sequence, sequence.num_computed + count):
                 if self._memory.take_back_newest():
                     continue
-                end -= 1
-                victim = queue[end] if end >= at else sequence
+                victim = take_victim(queue, at) or sequence
                 self._sequences.preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
@@ -166,19 +177,20 @@ class Scheduler:
                 heapq.heapreplace(heads, (rank, number, line))
                 continue
             sequence = line.head
-            if (line.quota.capped and line.quota.delay(now)) or not self._sequences.lease(sequence):
+            if line.held_back(now) or not self._sequences.lease(sequence):
                 heapq.heappop(heads)
                 continue
-            if not sequence.pages:
-                self.pages.admit(sequence, sequence.root)
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            self._memory.admit(sequence)
             # Paused sequences lose their pages only so that every turn gets anywhere. Otherwise each turn would begin
             # by computing again what the turn before has thrown away.
             turn = self.turns.holders.get(sequence.adapter)
             first = not self.running or (turn is not None and not turn.sequences)
-            if not self._memory.extend(sequence, sequence.num_computed + count, take_back=first):
+            # Pages for the whole prompt, or what decodes would take those of its next chunk.
+            if not self._memory.extend(sequence, sequence.num_tokens, take_back=first):
                 self._sequences.back_out(sequence)
                 break
+            self._memory.bring_back(sequence)
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
             self._sequences.start(sequence, now)
             slots.append(advance(sequence, count))
             budget -= count
@@ -193,5 +205,5 @@ class Scheduler:
         adapters = [turn.adapter for turn in self.turns.holders.values() if not turn.closing]
         for adapter in ("", *adapters):
             for line in waiting.get(adapter, ()):
-                if not line.quota.capped or not line.quota.delay(now):
+                if not line.held_back(now):
                     yield line

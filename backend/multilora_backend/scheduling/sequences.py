@@ -7,6 +7,7 @@ from collections import Counter
 
 from multilora_backend.core import FinishReason, Sequence, SequenceStatus
 from multilora_backend.scheduling.handovers import Turn
+from multilora_backend.scheduling.host import HostPages
 from multilora_backend.scheduling.interface import Adapters
 from multilora_backend.scheduling.lines import Key, Lines, first, line_of
 from multilora_backend.scheduling.memory import Memory
@@ -21,13 +22,13 @@ class Sequences:
     """Keeps the books of all that depends on where a sequence is: lines, turns, quotas, leases and pages."""
 
     def __init__(
-        self, pages: PageTable, adapters: Adapters, policy: Policy, tenants: Tenants, max_loras: int = 0
+        self, pages: PageTable, host: HostPages, adapters: Adapters, policy: Policy, tenants: Tenants, max_loras: int
     ) -> None:
         self.waiting: dict[Key, Sequence] = {}
         self.running: dict[Key, Sequence] = {}
         self.lines = Lines(policy, tenants)
         self.turns = Turns(policy, self.lines, adapters, max_loras)
-        self.memory = Memory(pages)
+        self.memory = Memory(pages, host)
         self.pauses = 0
         self._weights: Counter[float] = Counter()
         """Running sequences by the weight of their class."""
@@ -50,13 +51,13 @@ class Sequences:
             self._stop(sequence)
         else:
             self._wait_no_more(sequence)
-        self._pages.release(sequence)
+        self.memory.release(sequence)
         self.lines.leave(sequence)
         sequence.transition(SequenceStatus.FINISHED, reason)
 
     def reassign(self, sequence: Sequence, adapter: str, now: float) -> None:
         self._wait_no_more(sequence)
-        self._pages.release(sequence)
+        self.memory.release(sequence)
         self.lines.leave(sequence)
         if sequence.status is not SequenceStatus.WAITING:
             sequence.transition(SequenceStatus.WAITING)
@@ -71,8 +72,8 @@ class Sequences:
         if sequence.lease is None:
             return False
         root = sequence.lease.version.encode()
-        if root != sequence.root and sequence.pages:
-            self.memory.take_back(sequence)
+        if root != sequence.root and (sequence.pages or sequence.host_pages):
+            self.memory.discard(sequence)
         sequence.root = root
         return True
 
@@ -98,6 +99,7 @@ class Sequences:
         if sequence.started is None:
             sequence.started = now
             self.lines.charge_prompt(sequence, now)
+        line.held_back(now)
         sequence.transition(SequenceStatus.RUNNING)
 
     def pause(self, turn: Turn, now: float) -> bool:
@@ -115,8 +117,8 @@ class Sequences:
         for sequence in reversed(mine):
             self._stop(sequence)
             sequence.transition(SequenceStatus.PAUSED)
-            self.memory.paused[sequence.key] = sequence
             self._wait(sequence, front=True)
+        self.memory.paused |= {sequence.key: sequence for sequence in mine}
         self.pauses += len(mine)
         return not turn.sequences
 

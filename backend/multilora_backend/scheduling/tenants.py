@@ -99,6 +99,8 @@ class Tenants:
         sections = _mapping(content, "the file", {"classes", "default", "tenants"})
         classes = {STANDARD: SlaClass()}
         for name, values in _mapping(sections.get("classes"), "classes").items():
+            if "@" in name:
+                raise invalid(f"classes.{name}", "a name has no '@'")
             classes[name] = _build(SlaClass, name, values, f"classes.{name}", classes)
         default = _build(Tenant, "", sections.get("default"), "default", classes)
         named = {
@@ -113,7 +115,7 @@ def class_of(tenant: Tenant, priority: int) -> SlaClass:
     steps = max(-PRIORITY_STEPS, min(PRIORITY_STEPS, priority, tenant.max_priority))
     if not steps:
         return tenant.sla
-    return replace(tenant.sla, name=f"{tenant.sla.name}{steps:+d}", weight=tenant.sla.weight * PRIORITY_BASE**steps)
+    return replace(tenant.sla, name=f"{tenant.sla.name}@{steps:+d}", weight=tenant.sla.weight * PRIORITY_BASE**steps)
 
 
 def _build(kind: Any, name: str, values: Any, where: str, classes: Mapping[str, SlaClass]) -> Any:

@@ -40,6 +40,8 @@ class Turns:
         self.wanting = Wanting()
         self.handovers = 0
         """Slots that were given up to somebody overdue."""
+        self.wanted = False
+        """Somebody who may start something waited for a slot when they were last given out, or for a load."""
         self._policy = policy
         self._lines = lines
         self._adapters = adapters
@@ -50,6 +52,8 @@ class Turns:
         self._tight_until = 0.0
         self._left: dict[str, float] = {}
         """When adapters that want a slot last had one."""
+        self._loading: dict[Line, None] = {}
+        """Lines that want one once their adapter is there: a slow load hides nobody else from the look ahead."""
         self._handovers = Handovers(policy, lines, self.holders, self.wanting, self._left)
 
     @property
@@ -64,6 +68,7 @@ class Turns:
     def withdraw(self, line: Line) -> None:
         """Nothing waits in the line any more."""
         self.wanting.withdraw(line)
+        self._loading.pop(line, None)
         if line.adapter not in self._lines.waiting_by_adapter and line.adapter not in self.holders:
             self._left.pop(line.adapter, None)
 
@@ -75,8 +80,13 @@ class Turns:
         self._seats = seats
         for turn in [turn for turn in self.holders.values() if not turn.sequences]:
             self._end(turn, now)
+        for line in [line for line in self._loading if not self._adapters.loading(line.adapter)]:
+            del self._loading[line]
+            if not line.entry:
+                self.wants(line)
         active = self._active_outside()
         lines = self.wanting.pop(LOOKAHEAD, now)
+        self.wanted = bool(lines or self._loading)
         if seats and not self._full:  # otherwise none of them can begin but by turning somebody out, in order
             listed = set(lines)
             lines += [line for line in active if line not in listed]
@@ -84,7 +94,7 @@ class Turns:
         self._hand_out(lines, {line.adapter for line in active}, now, pause)
         self._handovers.close()
         for line in lines:
-            if line.waiting and line.adapter not in self.holders:
+            if line.waiting and line.adapter not in self.holders and line not in self._loading:
                 self.wanting.push(line, line.due)
 
     def _hand_out(self, lines: list[Line], active: set[str], now: float, pause: Callable[[Turn], bool]) -> None:
@@ -116,6 +126,8 @@ class Turns:
                 if not full and self._seats:
                     self._begin(line, now)
                 blocked = full and overdue
+            elif state is AdapterState.LOADING:
+                self._loading[line] = None
             elif self._adapters.waits_for_room(line.adapter):
                 self._tight_until = now + TIGHT_S
                 if overdue and self._at_hand(line, now):
@@ -156,7 +168,8 @@ class Turns:
 
     def _request(self, line: Line, protect: Collection[str]) -> AdapterState:
         state = self._adapters.request(line.adapter, protect)
-        self._ledger.asked(line)
+        if state in (AdapterState.LOADING, AdapterState.ACTIVE):
+            self._ledger.asked(line)
         if state is not AdapterState.ACTIVE and line.head.status is SequenceStatus.WAITING:
             line.head.transition(SequenceStatus.WAITING_ADAPTER)
         return state

@@ -31,6 +31,8 @@ class Wanting:
         """Which of a tenant's entries there counts, by its due; the others are passed over."""
         self._parked: dict[str, float] = {}
         """Tenants that may not start anything before that time."""
+        self._wake: list[tuple[float, str]] = []
+        """When that is, where it is known; what `_parked` says otherwise by now does not count."""
         self._number = count(1)
         self._wanted = 0
 
@@ -66,6 +68,8 @@ class Wanting:
     def park(self, tenant: str, until: float) -> None:
         """The tenant's lines are left out until then."""
         self._parked[tenant] = until
+        if until < math.inf:
+            heapq.heappush(self._wake, (until, tenant))
 
     def unpark(self, tenant: str) -> None:
         if self._parked.pop(tenant, None) is not None:
@@ -76,8 +80,10 @@ class Wanting:
 
         `push` back those that got none.
         """
-        for tenant in [t for t, until in self._parked.items() if until <= now]:
-            self.unpark(tenant)
+        while self._wake and self._wake[0][0] <= now:
+            until, tenant = heapq.heappop(self._wake)
+            if self._parked.get(tenant) == until:
+                self.unpark(tenant)
         found: list[Line] = []
         popped: dict[str, int] = {}
         following: list[tuple[float, float, int, Line]] = []
@@ -129,8 +135,7 @@ class Wanting:
 
     def _park(self, line: Line, now: float) -> bool:
         """True if the line's tenant has used up a cap; it is then left out until it may start something again."""
-        quota = line.quota
-        delay = quota.delay(now) if quota.capped else 0.0
+        delay = line.held_back(now)
         if delay > 0:
             self.park(line.tenant, now + delay)
         return delay > 0

@@ -175,6 +175,34 @@ def test_loads_overtake_checks_and_no_error_ends_a_thread(tmp_path, loaders):
     assert outcomes["first"].fingerprint is not None
 
 
+def test_what_somebody_waits_for_by_now_is_not_overtaken_any_more(tmp_path, loaders):
+    entered, gate = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def run(folder, source):
+        entered.set()
+        gate.wait(TIMEOUT_S)
+        order.append(folder.name)
+        raise MultiloraError("", "x")
+
+    loader = loaders(run, run, 1, lambda: None)
+    first, early = job(tmp_path / "first"), job(tmp_path / "early", Purpose.HOST)
+    loader.submit(first)
+    assert entered.wait(TIMEOUT_S)
+    for each in (early, job(tmp_path / "other", Purpose.HOST), job(tmp_path / "a")):
+        loader.submit(each)
+    loader.hurry(early)
+    loader.hurry(first)  # which has begun
+    loader.submit(job(tmp_path / "b"))
+    gate.set()
+    assert loader.wait_idle(TIMEOUT_S)
+    assert order == ["first", "a", "early", "b", "other"]
+    assert len(loader.finished()) == 5
+    loader.hurry(early)  # which has ended
+    assert loader.wait_idle(TIMEOUT_S)
+    assert not loader.finished()
+
+
 def test_close_drops_what_has_not_begun(tmp_path, loaders):
     entered, gate = threading.Event(), threading.Event()
     seen = []

@@ -42,6 +42,17 @@ def test_copies_begun_between_two_polls_are_bounded():
     assert [bench.manager.request(name) for name in names] == [ACTIVE] * 4 + [LOADING] * 3
 
 
+def test_who_asks_for_what_is_being_prefetched_is_not_overtaken():
+    bench = Bench({"a": 8, "b": 8})
+    bench.manager.prefetch("a")
+    assert bench.manager.request("b") is LOADING
+    assert bench.loader.hurried == []
+    assert bench.manager.request("a") is LOADING
+    assert bench.loader.hurried == ["a"]
+    bench.land()
+    assert (bench.state("a"), bench.state("b")) == (ACTIVE, ACTIVE)
+
+
 def test_prefetched_to_the_host_and_from_there_when_it_is_asked_for():
     bench = Bench({"a": 8, "b": 8})
     manager = bench.manager

@@ -75,7 +75,7 @@ def test_accounts_of_those_who_are_gone_are_forgotten_unless_they_are_ahead():
     stays = accounts.open(("stays", 1.0))
     backlogged(stays)
     ahead = accounts.open(("ahead", 1.0))
-    charge(ahead, 1000)
+    charge(ahead, 10_000)
     close(ahead)
     for i in range(500):
         path = accounts.open((f"passing {i}", 1.0))
@@ -85,29 +85,31 @@ def test_accounts_of_those_who_are_gone_are_forgotten_unless_they_are_ahead():
         close(path)
         charge(stays, 1.9)
     assert len(accounts.root.children) < 200
-    assert accounts.open(("ahead", 1.0))[0].served == 1000
+    assert accounts.open(("ahead", 1.0))[0].served == 10_000
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_the_level_is_the_least_counter_of_those_who_wait(data: st.DataObject):
+def test_who_comes_back_stands_with_the_least_or_with_its_fair_share_if_that_is_more(data: st.DataObject):
     accounts = Accounts()
     paths = [accounts.open((str(i), 1.0)) for i in range(4)]
     waiting: set[int] = set()
+    fair = 0.0
     for _ in range(data.draw(st.integers(1, 40))):
         i = data.draw(st.integers(0, 3))
         action = data.draw(st.sampled_from(["charge", "turn"]))
         if action == "charge":
-            charge(paths[i], data.draw(st.integers(1, 9)))
+            service = data.draw(st.integers(1, 9))
+            charge(paths[i], service)
+            fair += service / 4
         elif i in waiting:
             waiting.remove(i)
             emptied(paths[i])
         else:
-            level = min((paths[j][0].served for j in waiting), default=None)
-            before = paths[i][0].served
+            before, least = paths[i][0].served, min((paths[j][0].served for j in waiting), default=None)
             backlogged(paths[i])
-            if level is not None:
-                assert paths[i][0].served == max(before, level)
+            fair = accounts.root.fair if least is None else max(fair, least)
+            assert paths[i][0].served == max(before, fair)
             waiting.add(i)
         if waiting:
             assert accounts.root.level() == min(paths[j][0].served for j in waiting)
@@ -115,3 +117,65 @@ def test_the_level_is_the_least_counter_of_those_who_wait(data: st.DataObject):
 
 def test_a_root_of_nobody_stands_at_zero():
     assert Account().level() == pytest.approx(0.0)
+
+
+def test_what_a_cap_holds_back_saves_nothing_up_and_keeps_nobody_down():
+    accounts = Accounts()
+    capped, busy, back = (accounts.open(("class", 1.0), (name, 1.0), ("", 1.0)) for name in ("capped", "busy", "back"))
+    for path in (capped, busy):
+        backlogged(path)
+    capped[1].hold()
+    capped[1].hold()  # it is seen at every step
+    charge(busy, 100)
+    emptied(busy)
+    assert not capped[0].backlog, "its class has nothing to serve"
+    backlogged(busy)
+    backlogged(back)
+    assert back[1].served == 100
+    capped[1].unhold()
+    assert (capped[1].served, capped[0].backlog) == (100, 3)
+    for path in (capped, busy, back):
+        emptied(path)
+    assert not capped[0].backlog
+
+
+def test_lines_that_come_and_go_while_their_tenant_is_held_balance():
+    accounts = Accounts()
+    one, two = (accounts.open(("class", 1.0), ("t", 1.0), (adapter, 1.0)) for adapter in "ab")
+    one[1].hold()
+    backlogged(one)
+    backlogged(two)
+    emptied(one)
+    assert (one[0].backlog, one[1].backlog) == (0, 1)
+    one[1].unhold()
+    assert one[0].backlog == 1
+    emptied(two)
+    assert (one[0].backlog, one[1].backlog) == (0, 0)
+
+
+def test_accounts_that_come_and_go_leave_no_heap_behind():
+    accounts = Accounts()
+    stays, comes = accounts.open(("stays", 1.0)), accounts.open(("comes", 1.0))
+    backlogged(stays)
+    for _ in range(2000):
+        backlogged(comes)
+        charge(comes, 1)
+        emptied(comes)
+    assert len(accounts.root._least) < 200
+    assert accounts.root.level() == 0
+
+
+def test_newcomers_start_behind_who_has_less_than_its_fair_share():
+    accounts = Accounts()
+    behind, ahead = accounts.open(("behind", 1.0)), accounts.open(("ahead", 1.0))
+    backlogged(behind)
+    backlogged(ahead)
+    charge(ahead, 60)
+    new = accounts.open(("new", 2.0))
+    backlogged(new)
+    assert new[0].served == 30, "what each of the two should have had"
+    charge(ahead, 60)
+    close(ahead)
+    charge(new, 40)
+    later = accounts.open(("later", 1.0))
+    assert later[0].served == pytest.approx(30 + 60 / 4 + 40 / 3), "shared by weight among those who are there"

@@ -107,6 +107,49 @@ def test_who_was_idle_has_saved_up_nothing_and_waits_for_nobody():
     assert got["back"] / got["busy"] == pytest.approx(1, abs=0.2)
 
 
+def test_a_tenant_at_its_cap_gives_nobody_an_advantage():
+    """It has requests waiting and a low counter all the time, but nobody is compared with it."""
+    target = scheduler(tenants=Tenants.parse({"tenants": {"capped": {"tokens_per_s": 1}}}))
+    flood(target, "capped", 50, 10, 10)
+    flood(target, "busy", 1000, 10, 10)
+    traffic = Traffic(target)
+    for _ in range(200):
+        traffic.step()
+    before = traffic.service.copy()
+    flood(target, "back", 1000, 10, 10, arrival=traffic.now)
+    for _ in range(100):
+        traffic.step()
+    got = {t: traffic.service[t] - before[t] for t in ("busy", "back")}
+    assert got["back"] / got["busy"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_tenant_saves_up_nothing_while_its_cap_holds_it_back():
+    target = scheduler(tenants=Tenants.parse({"tenants": {"capped": {"max_running": 1}}}))
+    flood(target, "capped", 50, 10, 10)
+    flood(target, "busy", 1000, 10, 10)
+    traffic = Traffic(target)
+    for _ in range(200):
+        traffic.step()
+    accounts = target.lines.accounts.root.children["standard"].children
+    counters = {name: account.served for name, account in accounts.items()}
+    assert counters["capped"] >= counters["busy"] - 2 * SEQS * 30
+    assert traffic.service["capped"] < traffic.service["busy"] / 4
+
+
+def test_newcomers_that_never_end_do_not_keep_others_from_their_turn():
+    """Each request of a tenant of its own, half as many again as can be served, and one tenant with more than one."""
+    target = scheduler()
+    traffic, sent, old = Traffic(target), 0, []
+    while traffic.now < 60:
+        while sent < 1.5 * SEQS / (10 * traffic.step_s) * traffic.now:
+            flood(target, f"new {sent}", 1, 10, 10, arrival=traffic.now)
+            sent += 1
+        if traffic.now > 5 and not old:
+            old = flood(target, "old", 4, 10, 10, arrival=traffic.now)
+        traffic.step()
+    assert all(s.finished for s in old)
+
+
 @pytest.mark.parametrize("policy", [Policy(), FIRST_COME], ids=["all", "none"])
 def test_seats_are_used_as_long_as_anybody_wants_one(policy: Policy):
     target = scheduler(policy)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multilora_backend.core import FinishReason
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.scheduling.arrivals import HOT, TIME_CONSTANT_S, Arrivals
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.preload import Preload, Prospect, plan_preload
+from multilora_backend.scheduling.tenants import Tenants
 from virtual_scheduler import FakeAdapters, Traffic, add, make
 
 
@@ -77,6 +79,39 @@ def test_a_busy_adapter_that_was_evicted_comes_back_before_it_is_asked_for():
     for _ in range(30):
         traffic.step()
     assert "busy" in adapters.active
+
+
+def test_each_of_the_hot_ones_has_its_turn():
+    adapters = FakeAdapters(room=4)
+    traffic = Traffic(make(adapters=adapters))
+    for adapter in ("one", "two", "three"):
+        serve(traffic, adapter, 3.0)
+    adapters.active.clear()
+    for _ in range(60):
+        traffic.step()
+    assert sorted(adapters.active) == ["one", "three", "two"]
+
+
+def test_nothing_is_loaded_on_a_guess_while_somebody_waits_unless_a_cap_makes_it_wait():
+    adapters = FakeAdapters(room=4)
+    tenants = Tenants.parse({"tenants": {"capped": {"max_running": 1}}})
+    traffic = Traffic(make(adapters=adapters, seqs=2, num_pages=1000, tenants=tenants))
+    serve(traffic, "hot", 3.0)
+    for _ in range(2):
+        add(traffic.scheduler, adapter="capped", arrival=traffic.now, tenant="capped", max_len=600)
+    other = add(traffic.scheduler, adapter="runs", arrival=traffic.now, max_len=600)
+    traffic.step()
+    adapters.active.remove("hot")
+    waits = add(traffic.scheduler, adapter="waits", arrival=traffic.now)
+    for _ in range(30):
+        traffic.step()
+        assert "hot" not in adapters.active
+    traffic.scheduler.finish(other, FinishReason.ABORT)
+    for _ in range(30):
+        traffic.step()
+    assert waits.started is not None
+    assert len(traffic.scheduler.waiting) == 1, "what the cap holds back"
+    assert "hot" in adapters.active
 
 
 def test_without_the_strategy_nothing_is_loaded_that_nobody_asked_for():

@@ -65,6 +65,13 @@ def test_a_delayed_tenant_says_when_it_goes_on():
     assert traffic.scheduler.next_event() == math.inf
 
 
+def test_who_waits_for_an_adapter_and_not_for_tokens_says_no_time():
+    traffic = traffic_for({"tokens_per_s": 10.0}, FakeAdapters(instant=False))
+    add(traffic.scheduler, 5, "a", tenant="t")
+    traffic.step()
+    assert traffic.scheduler.next_event() == math.inf
+
+
 def test_too_many_waiting_are_refused_and_nobody_else():
     traffic = traffic_for({"max_waiting": 2})
     traffic.scheduler.check("t", "", 2)
@@ -116,6 +123,37 @@ def test_an_adapter_counts_for_the_tenant_that_asked_last():
     assert sorted(adapters.active) == ["a", "b", "x"], "a is u's by now, so x fits beside b"
 
 
+def test_adapters_of_unknown_size_come_one_at_a_time():
+    """Any of them may be as large as the whole cap."""
+    adapters = FakeAdapters(room=10, instant=False)
+    adapters.sizes = dict.fromkeys("abcd", 0)
+    traffic = traffic_for({"adapter_bytes": 25}, adapters)
+    for key in "abcd":
+        add(traffic.scheduler, 5, key, tenant="t", max_len=100)
+    for _ in range(10):
+        traffic.step()
+        assert adapters.in_transit == ["a"]
+    adapters.sizes["a"] = 20
+    adapters.land()
+    for _ in range(5):
+        traffic.step()
+    assert adapters.in_transit == ["b"]
+    adapters.in_transit = []  # its load has failed
+    for _ in range(5):
+        traffic.step()
+    assert adapters.in_transit, "somebody else's turn"
+
+
+def test_an_adapter_beyond_the_cap_is_refused_as_soon_as_its_size_is_known():
+    adapters = FakeAdapters()
+    adapters.sizes = {"large": 26, "unknown": 0}
+    traffic = traffic_for({"adapter_bytes": 25}, adapters)
+    traffic.scheduler.check("t", "unknown", 1)
+    traffic.scheduler.check("u", "large", 1)
+    with pytest.raises(MultiloraError, match="lora_name: 'large' takes 26 bytes, and adapter_bytes of 't' is 25"):
+        traffic.scheduler.check("t", "large", 1)
+
+
 @given(
     st.dictionaries(st.text(min_size=1, max_size=2), st.integers(1, 9), max_size=5),
     st.integers(0, 9),
@@ -142,6 +180,9 @@ def test_buckets_and_a_clock_that_jumps():
     assert quota.delay(-1000.0 + 2.1) == 0
     quota.charge(0, 1e9)
     assert quota.forgettable(1e9)
+    quota.charge(20, 1e9)
+    assert quota.delay(1e9) > 0, "a long pause saves up no more than the burst"
+    assert Quota(Tenant("t", tokens_per_s=0.5)).delay(0.0) == 0, "of less than a token a second something is left too"
 
 
 def test_names_of_tenants_come_from_clients_and_are_forgotten():

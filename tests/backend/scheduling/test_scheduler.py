@@ -3,8 +3,15 @@
 
 from __future__ import annotations
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, SequenceStatus
-from virtual_scheduler import FIRST_COME, FakeAdapters, add, make, names, run
+from multilora_backend.scheduling.batch import SETBACKS, take_victim
+from multilora_backend.scheduling.policy import Policy
+from multilora_backend.scheduling.tenants import Tenants
+from virtual_scheduler import FIRST_COME, FakeAdapters, Traffic, add, make, names, run
 
 
 def test_different_adapters_and_the_base_share_a_step():
@@ -158,3 +165,80 @@ def test_a_sequence_whose_last_token_is_on_its_way_computes_nothing_and_gives_wa
     scheduler.finish(last, FinishReason.LENGTH)
     scheduler.finish(other, FinishReason.ABORT)
     assert scheduler.pages.num_free == 3
+
+
+def test_a_prompt_gets_the_pages_of_all_its_chunks_when_it_is_admitted():
+    """What decodes meanwhile would take those of the next chunk."""
+    scheduler = make(page_size=4, tokens=8)
+    long = add(scheduler, 21)
+    run(scheduler)
+    assert (long.num_computed, len(long.pages)) == (8, 6)
+
+
+def test_a_step_has_no_more_tokens_than_it_may():
+    scheduler = make(tokens=3)
+    for length in (1, 5, 1, 2, 1, 1):
+        add(scheduler, length)
+    for _ in range(12):
+        assert run(scheduler).num_tokens <= 3
+
+
+def test_who_lost_its_pages_twice_for_nothing_keeps_them_until_it_has_said_something():
+    first, second, third = (add(make(), 30) for _ in range(3))
+    third.setbacks = SETBACKS
+    queue = [first, second, third]
+    assert take_victim(queue, 1) is second
+    assert queue == [first, third]
+    assert take_victim(queue, 1) is None
+    scheduler = make(num_pages=9, page_size=4, tokens=8, caching=False)
+    sequence = add(scheduler, 20)
+    for setbacks in (1, 2):
+        run(scheduler)
+        scheduler._sequences.preempt(sequence)
+        assert sequence.setbacks == setbacks
+    while not sequence.num_output_tokens:
+        run(scheduler)
+    scheduler._sequences.preempt(sequence)
+    assert not sequence.setbacks
+
+
+def test_a_low_class_gets_on_though_pages_are_short_and_a_high_one_never_stops():
+    classes = {"high": {"weight": 8}, "low": {"weight": 1}}
+    tenants = Tenants.parse({"classes": classes, "tenants": {"h": {"class": "high"}, "l": {"class": "low"}}})
+    traffic = Traffic(make(num_pages=45, seqs=16, tokens=20, policy=Policy(), tenants=tenants, caching=False))
+    low = add(traffic.scheduler, 120, tenant="l", max_len=140)
+    while not low.finished:
+        while traffic.scheduler.lines.quota("h", traffic.now).waiting < 8:
+            add(traffic.scheduler, 4, tenant="h", max_len=40, arrival=traffic.now)
+        traffic.step()
+        assert traffic.now < 60
+    assert traffic.scheduler.preemptions > 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_request_ends_whatever_the_clock_does_and_one_pass_plans_what_the_long_way_does(data: st.DataObject):
+    """Two schedulers with the same requests and times; one never takes the short way through what decodes."""
+    requests = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2)), max_size=12))
+    shape = {"num_pages": data.draw(st.integers(17, 40)), "seqs": 6, "tokens": data.draw(st.integers(4, 40))}
+    now, plans = 0.0, []
+    jumps = data.draw(st.lists(st.sampled_from([0.1, 0.1, 1.0, -5.0, 1e6, -1e6]), min_size=1, max_size=30))
+    for short in (True, False):
+        scheduler = make(**shape, max_loras=1, caching=False)
+        numbers = {add(scheduler, p, ("", "a", "b")[a], max_len=p + o).key: i for i, (p, o, a) in enumerate(requests)}
+        traffic, seen = Traffic(scheduler), []
+        with pytest.MonkeyPatch.context() as patch:
+            if not short:
+                patch.setattr("multilora_backend.scheduling.scheduler.decode", lambda running, *_: running)
+            for step in range(3000):
+                if not scheduler.has_work:
+                    break
+                plan = traffic.step()
+                seen.append(sorted((numbers[s.sequence.key], s.start, s.count, s.samples) for s in plan.slots))
+                now += jumps[step % len(jumps)] if step < 100 else 0.1
+                traffic.now = now
+        assert not scheduler.has_work
+        assert scheduler.pages.num_free == shape["num_pages"] - 1
+        plans.append(seen)
+        now = 0.0
+    assert plans[0] == plans[1]

@@ -64,6 +64,7 @@ def test_no_file_and_an_empty_one_are_the_same(tmp_path: Path, text: str | None)
         ("tenants: {a: {tokens_per_s: .inf}}", "tenants.a.tokens_per_s: must be 0 or more, got inf"),
         ("tenants: {a: {adapters: acme}}", "tenants.a.adapters: must be a list of patterns"),
         ("classes: {a: {deadline_s: soon}}", "classes.a.deadline_s: must be a number, got 'soon'"),
+        ("classes: {gold@+1: {}}", "classes.gold@+1: a name has no '@'"),
         ("classes: {1: {}}", "classes: must map names"),
         ("default: {class: gone}", "default.class"),
     ],
@@ -86,7 +87,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
 def test_priorities_are_classes_with_bounded_weights():
     tenant = Tenant("t", sla=SlaClass("gold", 2.0), max_priority=1)
     assert class_of(tenant, 0) == SlaClass("gold", 2.0)
-    assert class_of(tenant, 1) == class_of(tenant, 100) == SlaClass("gold+1", 8.0)
+    assert class_of(tenant, 1) == class_of(tenant, 100) == SlaClass("gold@+1", 8.0)
     assert class_of(tenant, -1).weight == 0.5
     assert class_of(tenant, -100) == class_of(tenant, -PRIORITY_STEPS)
     assert class_of(Tenant(), 100).weight == 4.0**PRIORITY_STEPS

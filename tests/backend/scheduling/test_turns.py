@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 
+from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import FinishReason, SequenceStatus
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.tenants import Tenants
@@ -152,6 +154,46 @@ def test_an_adapter_on_the_disk_is_read_before_another_one_makes_room():
     assert hot.status is SequenceStatus.PAUSED
     run(scheduler, 1.5)
     assert cold.status is SequenceStatus.RUNNING
+
+
+class SlowSource(FakeAdapters):
+    """Adapters whose names begin with "slow" are on their way for ever, from another machine, say."""
+
+    def request(self, key: str, protect: Collection[str] = ()) -> AdapterState:
+        return AdapterState.LOADING if self.loading(key) else super().request(key, protect)
+
+    def waits_for_room(self, key: str) -> bool:
+        return not self.loading(key) and super().waits_for_room(key)
+
+    def loading(self, key: str) -> bool:
+        return key.startswith("slow") or super().loading(key)
+
+
+@pytest.mark.parametrize("max_loras", [0, 2])
+def test_slow_loads_hold_up_nobody_else_however_many(max_loras: int):
+    scheduler = make(adapters=SlowSource(), max_loras=max_loras)
+    slow = [add(scheduler, adapter=f"slow {i}", tenant=f"t{i % 3}") for i in range(20)]
+    fast = add(scheduler, adapter="fast", arrival=1.0, tenant="t0")
+    for i in range(3):
+        run(scheduler, 1.0 + i)
+    assert fast.started is not None
+    assert scheduler.turns.wanted
+    assert len(scheduler.turns._loading) == 20
+    for sequence in [*slow, fast]:
+        scheduler.finish(sequence, FinishReason.ABORT)
+    assert not scheduler.turns._loading
+
+
+def test_what_has_been_loaded_gets_its_slot_with_others_that_wait_for_it():
+    adapters = FakeAdapters(instant=False)
+    scheduler = make(adapters=adapters)
+    live = [add(scheduler, adapter="a", tenant=tenant) for tenant in ("t", "u")]
+    for now in (0.0, 0.1, 0.2):
+        assert not run(scheduler, now).slots
+    adapters.land()
+    assert len(run(scheduler, 0.3).slots) == 2
+    assert all(s.status is SequenceStatus.RUNNING for s in live)
+    assert not scheduler.turns._loading
 
 
 def test_slots_that_turn_over_by_themselves_are_taken_from_nobody():

@@ -9,12 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from multilora_backend.scheduling.accounts import Account
 from multilora_backend.scheduling.lines import Line
 from multilora_backend.scheduling.quotas import Quota
 from multilora_backend.scheduling.tenants import SlaClass, Tenant
 from multilora_backend.scheduling.wanting import Wanting
 
 TENANTS = {name: Quota(Tenant(name, weight=weight)) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 1.0))}
+PATH = (Account(), Account())
 CAPPED = Quota(Tenant("capped", max_running=1))
 
 
@@ -24,7 +26,7 @@ class WantingMachine(RuleBasedStateMachine):
         self.wanting = Wanting()
         CAPPED.running = 0
         quotas = [*TENANTS.values(), CAPPED]
-        self.lines = [Line(SlaClass(), quotas[i % len(quotas)], f"adapter {i}", ()) for i in range(12)]
+        self.lines = [Line(SlaClass(), quotas[i % len(quotas)], f"adapter {i}", PATH) for i in range(12)]
         self.due: dict[Line, float] = {}
         self.slots = dict.fromkeys([*TENANTS, "capped"], 0)
 
@@ -88,7 +90,7 @@ def test_a_tenant_that_waits_for_its_bucket_is_left_out_until_then():
     wanting = Wanting()
     quota = Quota(Tenant("slow", tokens_per_s=10.0))
     quota.charge(30, 0.0)
-    line = Line(SlaClass(), quota, "adapter", ())
+    line = Line(SlaClass(), quota, "adapter", PATH)
     wanting.push(line, 1.0)
     assert wanting.pop(4, 1.0) == []
     assert wanting.pop(4, 1.9) == []
@@ -97,7 +99,7 @@ def test_a_tenant_that_waits_for_its_bucket_is_left_out_until_then():
 
 def test_old_entries_do_not_pile_up():
     wanting = Wanting()
-    lines = [Line(SlaClass(), TENANTS["a"], f"adapter {i}", ()) for i in range(10)]
+    lines = [Line(SlaClass(), TENANTS["a"], f"adapter {i}", PATH) for i in range(10)]
     for now in range(1000):
         for line in lines:
             wanting.push(line, float(now))

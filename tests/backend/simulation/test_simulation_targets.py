@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,22 @@ def test_a_tenant_that_ran_dry_between_two_samples_was_not_backlogged(sim: Simpl
     recorder.after_step(0.2)
     recorder.after_step(0.4)
     assert recorder.services["a"].always_backlogged == [True, False, True]
+
+
+def test_a_tenant_that_comes_late_has_had_nothing_before(sim: SimpleNamespace):
+    recorder = sim.record.Recorder()
+    first = recorder.submitted(sim.workloads.Request(0.0, "", 5, 9, "a"))
+    for now in (0.0, 0.2):
+        recorder.token(first, now)
+        recorder.after_step(now)
+    late = recorder.submitted(sim.workloads.Request(0.3, "", 1, 9, "b"))
+    assert recorder.services["b"].totals == [0.0, 0.0]
+    recorder.token(late, 0.4)
+    recorder.after_step(0.4)
+    assert recorder.services["a"].totals == [7.0, 9.0, 9.0]
+    assert recorder.services["b"].totals == [0.0, 0.0, 3.0]
+    assert recorder.services["b"].always_backlogged == [False, False, False]
+    assert sim.record.service_difference(recorder, "a", "b") == 0
 
 
 def test_requests_that_never_started_have_waited_until_the_end(sim: SimpleNamespace):
@@ -115,29 +131,61 @@ def test_nothing_that_was_not_run_is_judged(sim: SimpleNamespace):
 
 
 def test_the_script_writes_what_the_document_reads(
-    sim: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sim: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    fitted = {"run": "a run", "figure": "ms", "measured": 2.0, "simulated": 3.0, "commit": "abc1234"}
+    monkeypatch.setattr(sim.simulate_script, "calibrate", lambda: [fitted])
     status = sim.simulate_script.main(
-        ["--only", "slots", "--scale", "0.01", "--processes", "1", "--json", str(tmp_path)]
+        ["--only", "vtc", "--scale", "0.005", "--processes", "1", "--json", str(tmp_path)]
     )
-    assert len(json.loads((tmp_path / "fit.json").read_text())["fit"]) == 5
-    assert str(tmp_path) not in (tmp_path / "slots.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "vtc.json").read_text()
     out = capsys.readouterr().out
-    assert "15 on 3 slots, first-come" in out
+    assert "vtc overload, first-come" in out
     assert ("FAIL" in out) == bool(status)
+    assert ("0 missed" in out) == (not status)
+    blocks = ("vtc", "targets", "slots", "fit")
     (tmp_path / "scheduling.md").write_text(
-        "<!-- simulated: slots -->\n<!-- /simulated -->\n<!-- simulated: targets -->\nof before\n<!-- /simulated -->\n"
-        "<!-- simulated: vtc -->\n<!-- /simulated -->\n"
+        "".join(f"<!-- simulated: {name} -->\nof before\n<!-- /simulated -->\n" for name in blocks)
     )
     assert sim.simulated_script.main(["--results", str(tmp_path), "--docs", str(tmp_path), "--no-plots"]) == 0
     text = (tmp_path / "scheduling.md").read_text()
-    assert "| 6 on 3 slots | multilora |" in text
-    assert "worst / median adapter's p99 wait" in text
+    assert "| vtc overload | multilora |" in text
+    assert "largest service difference" in text
+    assert "| a run | ms | 2.00 | abc1234 | 3.00 | 1.500 |" in text
     assert ("**missed**" in text) == bool(status)
     assert "of before" not in text
     assert "Not simulated." in text
     with pytest.raises(SystemExit):
         sim.simulate_script.main(["--only", "nope"])
+
+
+class Inline:
+    """Stands in for a pool of processes."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, work: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result((*work(*arguments)[:2], {"processes": self.processes}))
+        return future
+
+
+def test_scenarios_about_the_host_s_time_are_played_alone_and_last(
+    sim: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sim.simulate_script, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(sim.simulate_script, "play", lambda name, index, scheduler, scale: (name, scheduler, {}))
+    played = list(sim.simulate_script._play(["loop", "punica", "platform", "vtc"], 1.0, 2))
+    assert [name for name, _ in played] == ["punica", "vtc", "platform", "loop"]
+    assert [cases[name]["multilora"]["processes"] for name, cases in played] == [2, 2, 1, 1]
+    assert all(set(cases[name]) == {"multilora", "first-come"} for name, cases in played)
 
 
 def test_the_document_holds_the_committed_results(sim: SimpleNamespace):
@@ -146,6 +194,13 @@ def test_the_document_holds_the_committed_results(sim: SimpleNamespace):
     assert text == sim.tables.fill(text, results), "run `python benchmarks/simulated.py`"
     shown = {match["name"] for match in sim.tables.BLOCK.finditer(text)}
     assert set(results) <= shown
+
+
+def test_committed_results_stay_small(sim: SimpleNamespace):
+    files = list(sim.simulated_script.RESULTS.glob("*.json"))
+    assert {path.stem for path in files} == {*sim.scenarios.SCENARIOS, "fit"}
+    assert sum(path.stat().st_size for path in files) < 400_000
+    assert sum(len(path.read_text().splitlines()) for path in files) < 5_000
 
 
 def test_plots(sim: SimpleNamespace, tmp_path: Path):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,45 +20,6 @@ def names(count: int, rank: int = 16) -> dict[str, int]:
     return {f"a{i}": rank for i in range(count)}
 
 
-def test_an_adapter_takes_what_it_takes_on_the_device(sim: SimpleNamespace):
-    sites = sim.machine.sites_of()
-    per_rank = sum(len(site.modules) * site.in_features + site.width for site in sites) * 2
-    assert per_rank == sim.shapes_script.SHAPES["llama-3.1-8b"].bytes_per_rank
-    assert sim.machine.virtual_weights("x", 16, per_rank).nbytes == pytest.approx(83.9e6, rel=0.001)
-
-
-def test_the_pool_has_no_memory_and_one_copy_engine(sim: SimpleNamespace):
-    clock, model = sim.machine.Clock(), sim.model.TimeModel.read()
-    pool = sim.machine.VirtualPool(clock, model, sim.machine.sites_of(), 10 * GIB, blocking=False)
-    weights = sim.machine.virtual_weights("x", 16, pool.bytes_per_rank)
-    first, second = pool.write(weights, 0, 0), pool.write(weights, 1, 16)
-    one = model.copy_s(weights.nbytes)
-    assert pool.next_event == pytest.approx(one)
-    clock.advance(pool.next_event)
-    assert (first.done(), second.done()) == (True, False)
-    assert pool.next_event == pytest.approx(2 * one)
-    clock.advance(pool.next_event)
-    assert second.done()
-    assert pool.next_event == math.inf
-    assert list(pool.rank[:3]) == [16, 16, 0]
-
-
-def test_a_step_costs_what_was_measured(sim: SimpleNamespace):
-    model = sim.model.TimeModel.read()
-    assert model.rows_s(1) == pytest.approx(model.row_1_ms / 1e3)
-    assert model.rows_s(256) == pytest.approx(model.rows_256_ms / 1e3)
-    assert model.rows_s(2048) == pytest.approx(model.rows_2048_ms / 1e3)
-    costs = [model.rows_s(rows) for rows in range(1, 4096, 7)]
-    assert costs == sorted(costs)
-    assert all(entry["source"] for entry in sim.model.sources().values())
-
-
-def test_the_model_gives_the_gpu_benchmark_s_figures(sim: SimpleNamespace):
-    """2% is what single runs of that benchmark differ by; the model has no freedom to meet each mix alone."""
-    for row in sim.calibration.calibrate():
-        assert row["simulated"] == pytest.approx(row["measured"], rel=0.025), row
-
-
 def test_one_request_takes_its_steps_and_its_load(sim: SimpleNamespace):
     """Cold: read, copied, one step for the prompt, one for each further token, none of which waits."""
     request = sim.workloads.Request(1.0, "a0", 100, 5)
@@ -67,7 +27,7 @@ def test_one_request_takes_its_steps_and_its_load(sim: SimpleNamespace):
     (record,) = run.recorder.records
     model = sim.model.TimeModel.read()
     nbytes = 16 * sim.shapes_script.SHAPES["llama-3.1-8b"].bytes_per_rank
-    load = model.read_s(nbytes) + model.copy_s(nbytes)
+    load = model.read_s(nbytes, 1) + model.copy_s(nbytes)
     assert record.wait == pytest.approx(load, rel=1e-6)
     lora = model.lora_step_ms / 1e3 + 16 * model.lora_rank_us / 1e6
     prompt = model.rows_s(100) * (1 + model.lora_prompt_share) + lora + 100 * 50 * model.prompt_pair_ns / 1e9
@@ -98,7 +58,7 @@ def gaps_around_a_load(sim: SimpleNamespace, first_come: bool) -> float:
 
 def test_a_load_is_hidden_from_those_that_run_but_not_in_the_baseline(sim: SimpleNamespace):
     model = sim.model.TimeModel.read()
-    load = model.read_s(16 * sim.shapes_script.SHAPES["llama-3.1-8b"].bytes_per_rank)
+    load = model.read_s(16 * sim.shapes_script.SHAPES["llama-3.1-8b"].bytes_per_rank, 1)
     assert gaps_around_a_load(sim, first_come=False) < 0.01
     assert gaps_around_a_load(sim, first_come=True) > load
 
@@ -130,6 +90,18 @@ def test_what_is_in_the_host_cache_is_not_read_again(sim: SimpleNamespace):
 def test_a_simulation_that_cannot_go_on_says_so(sim: SimpleNamespace):
     with pytest.raises(RuntimeError, match="adapters failed"):
         sim.simulator.simulate([sim.workloads.Request(0.0, "a0", 4, 4)], sim.simulator.Setup(names(1, 64), 1))
+
+
+def test_the_host_s_part_of_each_step_is_measured(sim: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """All that scheduler and manager do, by a clock of which each look takes 1: two looks a call."""
+    ticks = itertools.count()
+    monkeypatch.setattr(sim.simulator.time, "thread_time", lambda: float(next(ticks)))
+    requests = [sim.workloads.Request(0.0, "", 10, 3), sim.workloads.Request(0.0, "", 10, 3)]
+    recorder = sim.simulator.simulate(requests, sim.simulator.Setup({}, 1, settings={"max_num_seqs": 2})).recorder
+    # Two adds, then poll and schedule in each turn, publish in each but the first, and two that finish in the last.
+    assert recorder.steps == 3
+    assert recorder.host_s == [4, 3, 3, 5]
+    assert recorder.full_host_s == [4, 3, 3]
 
 
 def test_a_simulation_stops_when_it_is_told_to(sim: SimpleNamespace):
