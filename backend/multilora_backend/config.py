@@ -82,6 +82,8 @@ class Config:
     """Different adapters in one step; 0: as many as the device pool holds."""
     adapter_device_bytes: int = 0
     """Device pool for adapters; 0: on the CPU 256 MiB, on CUDA a twelfth of the device, at most 8 GiB."""
+    adapter_extras_bytes: int = 0
+    """Device memory for what adapters have besides A and B, as DoRA; 0: a sixteenth of `adapter_device_bytes`."""
     adapter_host_bytes: int = 4 * 2**30
     """Host cache for adapters in device layout; on CUDA pinned at start, as far as the configured adapters need it."""
     adapter_load_threads: int = 2
@@ -154,6 +156,7 @@ class Config:
             "cuda_graph_bytes",
             "max_loras",
             "adapter_device_bytes",
+            "adapter_extras_bytes",
             "num_threads",
         ):
             require(name, getattr(self, name) >= 0, "0 or more")

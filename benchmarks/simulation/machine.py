@@ -154,8 +154,8 @@ class VirtualPool(DevicePool):
         self.launched_until = 0.0
         """When the steps end that the device has been given so far: a copy begins after them, as the real one does."""
 
-    def write(self, weights: AdapterWeights, slot: int, rank_start: int) -> Transfer:
-        super().write(weights, slot, rank_start)
+    def write(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
+        super().write(weights, slot, rank_start, extras_start)
         self._free_at = max(self._free_at, self._clock(), self.launched_until) + self._model.copy_s(weights.nbytes)
         self._ends.append(self._free_at)
         if self._blocking:

@@ -15,6 +15,7 @@ from multilora_kernels.grouped_expand import grouped_expand, grouped_expand_refe
 from multilora_kernels.grouped_shrink import grouped_shrink, grouped_shrink_reference
 from multilora_kernels.rmsnorm import add_rmsnorm, add_rmsnorm_reference
 from multilora_kernels.rope import rope_write, rope_write_reference
+from multilora_kernels.row_affine import Affine, row_affine, row_affine_reference
 from multilora_kernels.segments import (
     NO_ADAPTER,
     SegmentPlan,
@@ -28,6 +29,7 @@ from multilora_kernels.segments import (
 
 __all__ = [
     "NO_ADAPTER",
+    "Affine",
     "CopyTable",
     "Delta",
     "SegmentPlan",
@@ -49,4 +51,6 @@ __all__ = [
     "rank_block_for",
     "rope_write",
     "rope_write_reference",
+    "row_affine",
+    "row_affine_reference",
 ]

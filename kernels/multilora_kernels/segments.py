@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 NO_ADAPTER = -1
 TILE_FIELDS = 8
-"""int32 words of a tile: first, end, rank_start, rank, h_start, h_stride and two zeros, 32 bytes in all."""
+"""int32 words of a tile: first, end, rank_start, rank, h_start, h_stride, slot and a zero, 32 bytes in all."""
+TILE_SLOT = 6
 RANK_PAGE = 8
 """Ranks are handed out in pages of 8, so that a row of 16-bit ranks is a whole number of 16-byte loads."""
 BLOCK_M_CHOICES = (16, 32, 64, 128)
@@ -83,7 +84,7 @@ class SegmentPlan:
 
     @property
     def tiles(self) -> NDArray[np.int32]:
-        """[num_tiles, 8]: first sorted row, row after the last, rank_start, rank, h_start, h_stride, 0, 0.
+        """[num_tiles, 8]: first sorted row, row after the last, rank_start, rank, h_start, h_stride, slot, 0.
 
         rank_start is the adapter's first rank in the pools and rank its true rank (0: tokens without adapter).
         Slice i and rank j of its h lie in column h_start * slices + i * h_stride + j.
@@ -201,7 +202,7 @@ def plan_segments(
     max_rank = int(ranks.max()) if active.size else 0
     rank_block = rank_block_for(max_rank)
     fields = groups[has_adapter:]
-    fields[:, 2], fields[:, 3] = rank_start[active], ranks
+    fields[:, 2], fields[:, 3], fields[:, TILE_SLOT] = rank_start[active], ranks, active
     if h_start is None:
         fields[:, 5] = -(-max_rank // rank_block) * rank_block
     else:

@@ -15,7 +15,8 @@ from multilora_kernels.copy_blocks import _copy_kernel
 from multilora_kernels.grouped_expand import _expand_kernel
 from multilora_kernels.grouped_shrink import NUM_STAGES, _shrink_kernel, block_k_for
 from multilora_kernels.rope_kernel import rope_kernel
-from multilora_kernels.segments import BLOCK_M_CHOICES, LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+from multilora_kernels.row_affine import NUM_WARPS, UNIT, _affine_kernel, block_n_for
+from multilora_kernels.segments import BLOCK_M_CHOICES, LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS, TILE_SLOT
 
 pytestmark = pytest.mark.skipif(
     triton is None or INTERPRETED, reason="needs Triton-lang's compiler, not its interpreter"
@@ -79,6 +80,18 @@ def test_expand_reads_and_writes_wide(block_m, rank_block):
     ptx = compile_for_sm90(_expand_kernel, types, constants, num_warps=4, num_stages=1)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
     check_writes_wide(ptx)
+
+
+@pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
+def test_affine_reads_and_writes_wide(block_m):
+    types = {"y": "*bf16", "values": "*fp32"} | dict.fromkeys(("offsets", "order", "tiles"), "*i32")
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n_for(block_m)}
+    constants |= {"TILE_FIELDS": TILE_FIELDS, "TILE_SLOT": TILE_SLOT, "UNIT": UNIT}
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    ptx = compile_for_sm90(_affine_kernel, types, constants, **options)["ptx"]
+    check_writes_wide(ptx)
+    # Two of y, then gain and shift, whose addresses are multiples of 16 bytes when the width is.
+    assert ptx.count("ld.global.v4.b32") >= 4
 
 
 def test_copy_moves_sixteen_bytes_at_a_time():

@@ -56,9 +56,9 @@ def test_tiles_cover_all_rows_in_order_each_of_one_adapter(batch, block_m):
         if slot < 0:
             assert fields == [0] * 6
         elif h_start is None:
-            assert fields == [rank_start[slot], rank[slot], 0, plan.h_ranks, 0, 0]
+            assert fields == [rank_start[slot], rank[slot], 0, plan.h_ranks, slot, 0]
         else:
-            assert fields == [rank_start[slot], rank[slot], h_start[slot], padded_rank(rank[slot]), 0, 0]
+            assert fields == [rank_start[slot], rank[slot], h_start[slot], padded_rank(rank[slot]), slot, 0]
     sizes = np.unique([adapter_of(slot, rank) for slot in rows.tolist()], return_counts=True)[1]
     assert plan.num_tiles == sum(-(-size // block_m) for size in sizes), "no more tiles than needed"
     assert plan.num_tiles <= max_tiles(len(rows), len(sizes), block_m)

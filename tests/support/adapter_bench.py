@@ -182,8 +182,8 @@ class Bench:
         self.names = [name for name, entry in wanted.items() if entry is not None]
         return self.manager.reconcile(entry for entry in wanted.values() if entry is not None)
 
-    def write_later(self, weights: AdapterWeights, slot: int, rank_start: int) -> Transfer:
-        self.pool_write(weights, slot, rank_start)
+    def write_later(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
+        self.pool_write(weights, slot, rank_start, extras_start)
         ranks = slice(rank_start, rank_start + padded(weights.rank))
         self.manager.pool.b[0][ranks] = torch.nan
         self.held.append(HeldEvent(lambda: self.manager.pool._copy(weights, rank_start)))

@@ -94,7 +94,7 @@ class Books:
         wait = min(RETRY_S * 2.0 ** min(record.attempts - 1, 16), MAX_RETRY_S) if passing else RECHECK_S
         record.passing, record.retry_at = passing, self.clock() + wait
         if not record.version:
-            record.rank = 0
+            record.rank = record.extras_bytes = 0
         self.move(record, AdapterState.FAILED, reason)
         self.events.append(Event(Happened.FAILED, record))
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import LoraSite
+
+if TYPE_CHECKING:
+    from multilora_backend.adapters.extras import Extras
 
 BUFFER_BYTES = 16 * 2**20
 """Host memory comes in pieces of this size, and each is one copy to the device.
@@ -54,11 +58,19 @@ class AdapterWeights:
     buffers: tuple[Buffer, ...]
     """What the sites' tensors are views of: a, then b of each site that is not None."""
     no_effect: bool
-    """Every product BA is zero."""
+    """Every product BA is zero, and no extra changes anything."""
+    extras: Extras | None = None
+    """What it has besides A and B; None for most adapters."""
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+        extras = 0 if self.extras is None else self.extras.buffer.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers) + extras
+
+    @property
+    def extras_bytes(self) -> int:
+        """On the device."""
+        return 0 if self.extras is None else self.extras.size
 
 
 def rank_numel(site: LoraSite) -> int:
@@ -74,7 +86,7 @@ def numel(site: LoraSite, rank: int) -> int:
 def host_bytes(sites: Sequence[LoraSite], touched: Collection[int], rank: int, dtype: torch.dtype, pin: bool) -> int:
     """What `allocate` would allocate."""
     sizes = [size for _, _, size in _shapes(sites, touched, rank)]
-    return sum(_allocated(sum(group) * dtype.itemsize, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
+    return sum(allocated(sum(group) * dtype.itemsize, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
 
 
 def allocate(
@@ -83,7 +95,7 @@ def allocate(
     """Memory, not initialised, for an adapter with LoRA on the sites whose indices are in `touched`."""
     shapes = _shapes(sites, touched, rank)
     sizes = [size for _, _, size in shapes]
-    buffers = tuple(_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
+    buffers = tuple(allocate_buffer(group, dtype, pin) for group in _group(sizes, BUFFER_BYTES // dtype.itemsize))
     parts = (part for buffer in buffers for part in buffer.data.split(buffer.sizes))
     views = iter([part.view(height, width) for part, (height, width, _) in zip(parts, shapes, strict=True)])
     return buffers, tuple(SiteWeights(next(views), next(views)) if i in touched else None for i in range(len(sites)))
@@ -120,11 +132,12 @@ def _group(sizes: list[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _buffer(sizes: list[int], dtype: torch.dtype, pin: bool) -> Buffer:
+def allocate_buffer(sizes: list[int], dtype: torch.dtype, pin: bool) -> Buffer:
+    """One piece of memory for tensors of so many elements."""
     data = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
-    return Buffer(data, tuple(sizes), _allocated(data.nbytes, pin))
+    return Buffer(data, tuple(sizes), allocated(data.nbytes, pin))
 
 
-def _allocated(nbytes: int, pin: bool) -> int:
+def allocated(nbytes: int, pin: bool) -> int:
     """torch's pinned allocator rounds up to a power of two."""
     return 1 << (nbytes - 1).bit_length() if pin else nbytes

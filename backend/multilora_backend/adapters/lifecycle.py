@@ -67,7 +67,7 @@ class Lifecycle:
             self.readings.submit(record, Purpose.HOST)
 
     def waits_for_room(self, record: AdapterRecord) -> bool:
-        return record.state is AdapterState.COLD and record.rank > 0 and self.residency.no_room(record.rank)
+        return record.state is AdapterState.COLD and record.rank > 0 and self.residency.no_room(record)
 
     def load_cost_s(self, record: AdapterRecord) -> float:
         if record.state is AdapterState.ACTIVE:
@@ -140,6 +140,8 @@ class Lifecycle:
         assert weights is not None
         self.books.set_version(record, weights.version)
         record.rank, record.nbytes, record.no_effect = weights.rank, weights.nbytes, weights.no_effect
+        record.extras_bytes = weights.extras_bytes
+        record.vocabulary = 0 if weights.extras is None else weights.extras.vocabulary
         record.fingerprint, record.attempts = outcome.fingerprint, 0
         if outcome.seconds:
             self._costs.read(weights.nbytes, outcome.seconds)
@@ -174,8 +176,9 @@ class Lifecycle:
             self.books.set_version(record, "")  # which an earlier run of the server had found there
         record.fingerprint = outcome.fingerprint
         if outcome.plan is not None:
-            record.rank = outcome.plan.rank
-        reason = outcome.reason or self.residency.pool.too_large(record.rank)
+            plan = outcome.plan
+            record.rank, record.extras_bytes, record.vocabulary = plan.rank, plan.extras_bytes, plan.vocabulary
+        reason = outcome.reason or self.residency.pool.too_large(record.rank, record.extras_bytes)
         if reason:
             self._refuse(record, reason, outcome)
         else:
@@ -191,7 +194,8 @@ class Lifecycle:
             return
         reason = outcome.reason
         if weights is not None:
-            reason = self.residency.pool.too_large(weights.rank) or _unexpected(record.entry.version, weights.version)
+            reason = self.residency.pool.too_large(weights.rank, weights.extras_bytes)
+            reason = reason or _unexpected(record.entry.version, weights.version)
         if weights is None or reason:
             self.residency.free(record)
             self._refuse(record, reason, outcome)
@@ -201,7 +205,7 @@ class Lifecycle:
         if not wanted:
             return
         place = self.residency.place(record.key)
-        if place is not None and place.rank != weights.rank:
+        if place is not None and not self.residency.holds(record.key, weights):
             self.residency.free(record)
             place = None
         if place is not None or self.residency.reserve(record, protect):

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.layout import AdapterWeights
 from multilora_backend.adapters.peft import AdapterPlan, check_adapter, fingerprint, read_adapter
 from multilora_backend.adapters.sources import Source
@@ -235,13 +236,14 @@ def peft_loader(
     threads: int,
     on_change: Callable[[], None],
     locate: Callable[[Source], Path] = _folder,
+    base: BaseModel | None = None,
 ) -> ThreadLoader:
     """Threads that read PEFT's folders for a model's sites, in pinned memory if `pin`."""
 
     def read(folder: Path, source: Source) -> AdapterWeights:
-        return read_adapter(folder, sites, dtype, pin, source.inside, source.sha256)
+        return read_adapter(folder, sites, dtype, pin, source.inside, source.sha256, base)
 
     def check(folder: Path, source: Source) -> AdapterPlan:
-        return check_adapter(folder, sites, source.inside)
+        return check_adapter(folder, sites, source.inside, base)
 
     return ThreadLoader(read, check, threads, on_change, locate)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.commands import Admit, Commands
+from multilora_backend.adapters.extras import extra_keys
 from multilora_backend.adapters.host import HostCache
 from multilora_backend.adapters.lifecycle import Lifecycle
 from multilora_backend.adapters.loader import Loader, Purpose, peft_loader
@@ -24,6 +26,7 @@ from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.readings import Readings
 from multilora_backend.adapters.remembered import Remembered
 from multilora_backend.adapters.revisions import Polled
+from multilora_backend.adapters.room import grains
 from multilora_backend.adapters.sources import Source
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
 from multilora_backend.adapters.statefile import StateFile
@@ -51,6 +54,8 @@ class AdapterManager(Commands):
         device: torch.device | str,
         load_threads: int = 2,
         max_ranks: int = MAX_RANKS,
+        base: BaseModel | None = None,
+        extras_bytes: int = 0,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
@@ -64,15 +69,19 @@ class AdapterManager(Commands):
 
         `pool` and `loader`: instead of those of `device_bytes` and threads. `locate` gives the folder of a source, in
         a loader thread; `admit` reads a source that a command names. `watched`: `reconcile` tells of every change of
-        the configured adapters. `state`: where to remember what commands do.
+        the configured adapters. `state`: where to remember what commands do. Without `base`, or `extras_bytes` of the
+        device's memory, adapters with more than A and B are refused.
         """
         enabled = catalogue is not None
-        pool = pool or DevicePool(sites if enabled else [], device_bytes, dtype, device, max_ranks)
+        if pool is None:
+            sites, extras_bytes = (sites, extras_bytes) if enabled else ((), 0)
+            keys = extra_keys(sites, base)
+            pool = DevicePool(sites, device_bytes, dtype, device, max_ranks, keys, extras_bytes)
         self.pool = pool if enabled else None
         if loader is None:
             cuda, threads = pool.device.type == "cuda", load_threads if enabled else 0
             more = {} if locate is None else {"locate": locate}
-            loader = peft_loader(sites, dtype, cuda, threads, on_change, **more)
+            loader = peft_loader(sites, dtype, cuda, threads, on_change, base=base, **more)
         self._loader = loader
         # One waiting load a thread keeps the threads busy; more would only fix an order that may change.
         readings = Readings(loader, 2 * load_threads)
@@ -118,6 +127,10 @@ class AdapterManager(Commands):
         """Why requests for a FAILED revision end."""
         record = self._record(key)
         return f"LoRA {record.entry.name} could not be loaded: {record.reason}"
+
+    def vocabulary(self, key: str) -> int:
+        """Tokens that a revision knows; 0: those of the base model, as far as is known before it was looked at."""
+        return self._record(key).vocabulary
 
     def hold(self, key: str) -> None:
         """A sequence has this revision from now on; each hold is ended by `drop`. Its bytes stay until then."""
@@ -184,10 +197,10 @@ class AdapterManager(Commands):
 
     def device_bytes(self, key: str) -> tuple[int, bool]:
         """Bytes that it takes in the pool, or would, 0 while its rank is unknown; and whether it has them."""
-        residency = self._life.residency
+        residency, record = self._life.residency, self._record(key)
         place = residency.place(key)
-        rank = self._record(key).rank if place is None else place.rank
-        return padded(rank) * residency.pool.bytes_per_rank, place is not None
+        rank = record.rank if place is None else place.rank
+        return padded(rank) * residency.pool.bytes_per_rank + grains(record.extras_bytes), place is not None
 
     def give_up(self, key: str) -> bool:
         """Evicts an ACTIVE adapter; False if it is none, leased, pinned, or the last copy of what somebody holds."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from multilora_backend.adapters import checks
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 T = TypeVar("T")
 
-MAX_RANK = 4096
 ALL_LINEAR = "all-linear"
 
 HARMLESS = frozenset(
@@ -35,7 +34,9 @@ HARMLESS = frozenset(
         # Parameters of options that are refused when they are on.
         "qalora_group_size",
         "megatron_core",
-        "ensure_weight_tying",
+        # About GPT-2's Conv1D, which stores its weight as (in, out). PEFT turns it off for an nn.Linear, and all that
+        # is served here are those.
+        "fan_in_fan_out",
         # Parameters of initialisations; `init_lora_weights` decides.
         "loftq_config",
         "eva_config",
@@ -45,11 +46,6 @@ HARMLESS = frozenset(
 )
 
 REFUSED = {
-    "use_dora": "DoRA is not supported yet",
-    "lora_bias": "a bias beside lora_B is not supported yet",
-    "fan_in_fan_out": "weights stored as (in, out) are not supported yet",
-    "modules_to_save": "fully trained modules are not supported yet",
-    "trainable_token_indices": "trained token embeddings are not supported yet",
     "target_parameters": "LoRA on parameters that are not linears (experts) is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
@@ -68,6 +64,9 @@ BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values, or beginnings of values, whose A and B were subtracted from the base model's weights."""
+
+BIASES = ("none", "lora_only", "all")
+"""Whose biases were trained: nobody's, those of the linears with LoRA, all of the model's."""
 
 _ANY_LAYERS = (re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\."),)
 """Without layers_pattern the first number in a module's name is its layer."""
@@ -89,6 +88,18 @@ class PeftConfig:
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
     """Order matters in both patterns: the first that matches counts. EVA writes one for every module."""
+    use_dora: bool = False
+    """Rows of W + scale B A are brought to trained magnitudes (arXiv:2402.09353)."""
+    lora_bias: bool = False
+    """B has a bias, which is scaled as B is."""
+    bias: str = "none"
+    """One of BIASES."""
+    modules_to_save: tuple[str, ...] = ()
+    """Endings of names of modules that were trained as they are."""
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Trained rows of the modules with names that end so; "" stands for the embedding."""
+    ensure_weight_tying: bool = False
+    """What is done to the embedding is done to a head that shares its weight, and the other way round."""
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
@@ -105,15 +116,21 @@ class PeftConfig:
             raise invalid("target_modules", "is required: PEFT's defaults by architecture are not applied")
         layers = fields.get("layers_to_transform")
         config = cls(
-            r=_rank("r", fields.get("r", 8)),
-            lora_alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
-            use_rslora=_flag("use_rslora", fields.get("use_rslora", False)),
-            target_modules=_names("target_modules", targets),
-            exclude_modules=_names("exclude_modules", fields.get("exclude_modules") or ()),
-            layers_to_transform=_layers([layers] if isinstance(layers, int) else layers or []),
-            layers_pattern=_layer_expressions(fields.get("layers_pattern") or ()),
-            rank_pattern=_by_pattern("rank_pattern", fields, _rank),
-            alpha_pattern=_by_pattern("alpha_pattern", fields, _alpha),
+            r=checks.rank("r", fields.get("r", 8)),
+            lora_alpha=checks.alpha("lora_alpha", fields.get("lora_alpha", 8)),
+            use_rslora=checks.flag("use_rslora", fields.get("use_rslora", False)),
+            target_modules=checks.names("target_modules", targets),
+            exclude_modules=checks.names("exclude_modules", fields.get("exclude_modules") or ()),
+            layers_to_transform=checks.layers([layers] if isinstance(layers, int) else layers or []),
+            layers_pattern=checks.layer_expressions(fields.get("layers_pattern") or ()),
+            rank_pattern=checks.by_pattern("rank_pattern", fields, checks.rank),
+            alpha_pattern=checks.by_pattern("alpha_pattern", fields, checks.alpha),
+            use_dora=checks.flag("use_dora", fields.get("use_dora") or False),
+            lora_bias=checks.flag("lora_bias", fields.get("lora_bias") or False),
+            bias=checks.choice("bias", fields.get("bias") or "none", BIASES),
+            modules_to_save=checks.strings("modules_to_save", fields.get("modules_to_save") or ()),
+            trainable_token_indices=checks.tokens("trainable_token_indices", fields.get("trainable_token_indices")),
+            ensure_weight_tying=checks.flag("ensure_weight_tying", fields.get("ensure_weight_tying") or False),
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
             raise invalid("layers_to_transform", "cannot be used when target_modules is a string")
@@ -121,9 +138,20 @@ class PeftConfig:
             raise invalid("layers_pattern", "needs layers_to_transform")
         return config
 
+    def saves(self, module: str) -> bool:
+        """Whether PEFT would bring a trained copy of the module with this full name: by its last letters."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def targets_table(self, module: str) -> bool:
+        """Whether PEFT would put LoRA on the embedding or the head: neither counts among all linears."""
+        every = isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+        return not every and self.targets(module)
+
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on a linear with this full name. The output head is no linear here."""
         if self.exclude_modules and _named(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules.lower() == ALL_LINEAR or _named(self.target_modules, module)
@@ -154,15 +182,12 @@ def _refuse(fields: dict[str, Any]) -> None:
         raise MultiloraError(
             ErrorCode.UNSUPPORTED, f"peft_type: only 'LORA' is supported, got {fields.get('peft_type')!r}"
         )
-    known = {*PeftConfig.__dataclass_fields__, *HARMLESS, "peft_type", "bias", "init_lora_weights"}
+    known = {*PeftConfig.__dataclass_fields__, *HARMLESS, "peft_type", "init_lora_weights"}
     for name, value in fields.items():
         if name in known or value is None or value is False or value in ("", [], {}):
             continue
-        why = REFUSED.get(name, f"is not understood (value {_short(value)})")
+        why = REFUSED.get(name, f"is not understood (value {checks.short(value)})")
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: {why}")
-    bias = fields.get("bias", "none")
-    if bias != "none":
-        raise MultiloraError(ErrorCode.UNSUPPORTED, f"bias: only 'none' is supported yet, got {_short(bias)}")
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise MultiloraError(
@@ -171,7 +196,13 @@ def _refuse(fields: dict[str, Any]) -> None:
             "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)",
         )
     if init is not None and not isinstance(init, bool) and str(init).lower() not in BASE_KEEPING_INITS:
-        raise MultiloraError(ErrorCode.UNSUPPORTED, f"init_lora_weights: {_short(init)} is not understood")
+        raise MultiloraError(ErrorCode.UNSUPPORTED, f"init_lora_weights: {checks.short(init)} is not understood")
+    if fields.get("lora_bias") and (fields.get("use_dora") or not (init is None or isinstance(init, bool))):
+        raise MultiloraError(
+            ErrorCode.UNSUPPORTED, "lora_bias: PEFT does not combine it with use_dora or a named init_lora_weights"
+        )
+    if fields.get("use_dora") and str(init).lower() == "mica":
+        raise MultiloraError(ErrorCode.UNSUPPORTED, "use_dora: PEFT does not combine it with init_lora_weights 'mica'")
 
 
 def _named(names: str | tuple[str, ...], module: str) -> bool:
@@ -182,69 +213,3 @@ def _named(names: str | tuple[str, ...], module: str) -> bool:
 
 def _first_match(patterns: tuple[tuple[re.Pattern[str], T], ...], module: str, default: T) -> T:
     return next((value for pattern, value in patterns if pattern.match(module)), default)
-
-
-def _rank(field: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
-        raise invalid(field, f"must be a whole number from 1 to {MAX_RANK}, got {_short(value)}")
-    return value
-
-
-def _alpha(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
-        raise invalid(field, f"must be a number within 1e9, got {_short(value)}")
-    return value
-
-
-def _flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise invalid(field, f"must be true or false, got {_short(value)}")
-    return value
-
-
-def _names(field: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        _compile(field, value, value)
-        return value
-    return _strings(field, value)
-
-
-def _layer_expressions(value: Any) -> tuple[re.Pattern[str], ...]:
-    names = _strings("layers_pattern", [value] if isinstance(value, str) else value)
-    return tuple(_compile("layers_pattern", name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names)
-
-
-def _strings(field: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise invalid(field, f"must be a string or a list of strings, got {_short(value)}")
-    return tuple(value)
-
-
-def _layers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        raise invalid("layers_to_transform", f"must be a layer's index or a list of them, got {_short(value)}")
-    return tuple(value)
-
-
-def _by_pattern(
-    field: str, fields: dict[str, Any], checked: Callable[[str, Any], T]
-) -> tuple[tuple[re.Pattern[str], T], ...]:
-    """PEFT's rule: a key is a regular expression for the end of the name, from a dot on."""
-    given = fields.get(field) or {}
-    if not isinstance(given, dict):
-        raise invalid(field, f"must map names to numbers, got {_short(given)}")
-    return tuple(
-        (_compile(field, key, rf"(.*\.)?({key})$"), checked(f"{field}[{key!r}]", value)) for key, value in given.items()
-    )
-
-
-def _compile(field: str, given: str, expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise invalid(field, f"{_short(given)} is not a regular expression: {error}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.adapters.ranks import padded
+from multilora_backend.adapters.room import GRAIN_BYTES, grains
 from multilora_backend.adapters.state import AdapterRecord
 from multilora_backend.errors import ErrorCode, MultiloraError
 
 
 class Pins:
-    """The pool can be moved together, so pins fit if their ranks add up. An unknown rank counts when it is known."""
+    """Pool and arena can be moved together, so pins fit if they add up. An unknown rank counts when it is known."""
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
@@ -32,27 +33,35 @@ class Pins:
 
     def excess(self, record: AdapterRecord) -> str:
         """Why it cannot be pinned; empty if it can."""
-        taken = self._ranks_without(record)
-        if not record.rank or padded(record.rank) <= self._pool.num_ranks - taken:
+        if not record.rank:
             return ""
-        per_rank = self._pool.bytes_per_rank
-        return (
-            f"{record.entry.name} cannot be pinned: it needs {padded(record.rank) * per_rank} bytes, and of the "
-            f"{self._pool.num_ranks * per_rank} of adapter_device_bytes {taken * per_rank} are pinned"
-        )
+        for field, need, budget, taken in self._claims(record):
+            if need > budget - taken:
+                return (
+                    f"{record.entry.name} cannot be pinned: it needs {need} bytes, and of the {budget} of {field} "
+                    f"{taken} are pinned"
+                )
+        return ""
 
     def in_the_way(self, record: AdapterRecord) -> str:
         """Why an adapter of known rank cannot be loaded as long as all of them stay; empty if it can."""
         if not self._records:
             return ""
-        left = self._pool.num_ranks - self._ranks_without(record)
-        if padded(record.rank) <= left:
-            return ""
-        per_rank = self._pool.bytes_per_rank
-        return (
-            f"it needs {padded(record.rank) * per_rank} bytes on the device, and pinned adapters leave "
-            f"{left * per_rank}; unpin some"
-        )
+        for field, need, budget, taken in self._claims(record):
+            if need > budget - taken:
+                return (
+                    f"it needs {need} bytes on the device, and pinned adapters leave {budget - taken} of {field}; "
+                    "unpin some"
+                )
+        return ""
 
-    def _ranks_without(self, record: AdapterRecord) -> int:
-        return sum(padded(other.rank) for other in self._records.values() if other is not record)
+    def _claims(self, record: AdapterRecord) -> list[tuple[str, int, int, int]]:
+        """For each of the two budgets its name, what the record needs of it, its bytes, and what others have pinned."""
+        per_rank, others = self._pool.bytes_per_rank, [r for r in self._records.values() if r is not record]
+        ranks = sum(padded(other.rank) for other in others) * per_rank
+        extras = sum(grains(other.extras_bytes) for other in others)
+        arena = self._pool.extras.nbytes // GRAIN_BYTES * GRAIN_BYTES
+        return [
+            ("adapter_device_bytes", padded(record.rank) * per_rank, self._pool.num_ranks * per_rank, ranks),
+            ("adapter_extras_bytes", grains(record.extras_bytes), arena, extras),
+        ]

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multilora_backend.adapters.extras import ExtraKey
+from multilora_backend.adapters.extras_pool import ExtrasPool
 from multilora_backend.adapters.layout import BUFFER_BYTES, AdapterWeights, allocate, rank_numel
 from multilora_backend.adapters.ranks import PAGE, padded
+from multilora_backend.adapters.room import extras_can_ever_fit
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import invalid
 
@@ -80,8 +83,10 @@ class DevicePool:
         dtype: torch.dtype,
         device: torch.device | str,
         max_ranks: int = MAX_RANKS,
+        extra_keys: Sequence[ExtraKey] = (),
+        extras_bytes: int = 0,
     ) -> None:
-        """Raises MultiloraError if the budget does not hold one page of 8 ranks."""
+        """Raises MultiloraError if the budget does not hold one page of 8 ranks. `extras_bytes` are a second budget."""
         self.device = torch.device(device)
         cuda = self.device.type == "cuda" and bool(sites)
         self.size = PoolSize.within(budget_bytes, sites, dtype, cuda, max_ranks)
@@ -98,6 +103,7 @@ class DevicePool:
         self.rank = np.zeros(self.num_slots, dtype=np.int32)
         self.generation = np.zeros(self.num_slots, dtype=np.int64)
         """Another number for each write, so that copies of what a slot held can be told from what it holds."""
+        self.extras = ExtrasPool(extra_keys, extras_bytes, self.num_slots, self.device)
         self._writes = 0
         self._stream = torch.cuda.Stream(self.device) if cuda else None
         self._staging = torch.empty(self.size.staging_bytes // dtype.itemsize, dtype=dtype, device=self.device)
@@ -108,15 +114,20 @@ class DevicePool:
     def can_ever_fit(self, rank: int) -> bool:
         return padded(rank) <= self.num_ranks
 
-    def too_large(self, rank: int) -> str:
-        """Why an adapter of this rank can never be resident; empty if it can."""
+    def too_large(self, rank: int, extras_bytes: int = 0) -> str:
+        """Why an adapter of this rank and extras can never be resident; empty if it can."""
+        if not extras_can_ever_fit(extras_bytes, self.extras.nbytes):
+            return (
+                f"what it has besides A and B needs adapter_extras_bytes of {extras_bytes}; they are "
+                f"{self.extras.nbytes}"
+            )
         if self.can_ever_fit(rank):
             return ""
         need = padded(rank) * self.bytes_per_rank
         return f"rank {rank} needs adapter_device_bytes of {need}; as it is, they hold rank {self.num_ranks}"
 
-    def write(self, weights: AdapterWeights, slot: int, rank_start: int) -> Transfer:
-        """Copies an adapter into its ranks and makes the slot point there.
+    def write(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
+        """Copies an adapter into its ranks, its extras to that byte of their arena, and makes the slot point there.
 
         On CUDA this returns at once: the copies run on a stream of their own, after what the current stream has been
         given so far, since those steps may still read what an evicted adapter left here. Nobody may be given the slot
@@ -125,10 +136,12 @@ class DevicePool:
         event = None
         if self._stream is None:
             self._copy(weights, rank_start)
+            self.extras.write(weights.extras, slot, extras_start)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 self._copy(weights, rank_start)
+                self.extras.write(weights.extras, slot, extras_start)
                 event = self._stream.record_event()
         self._writes += 1
         self.rank_start[slot] = rank_start
@@ -140,6 +153,7 @@ class DevicePool:
         """The slot has no adapter any more; its ranks keep their bytes until somebody else's are written."""
         self.rank[slot] = 0
         self.rank_start[slot] = 0
+        self.extras.clear(slot)
 
     def move(self, slot: int, rank_start: int) -> None:
         """Copies an adapter to other ranks of the pool, and makes its slot point there.

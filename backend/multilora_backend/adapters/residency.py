@@ -12,13 +12,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from multilora_backend.adapters.books import Books
-from multilora_backend.adapters.compaction import plan_room
 from multilora_backend.adapters.costs import LoadCosts
 from multilora_backend.adapters.host import HostCache
 from multilora_backend.adapters.layout import AdapterWeights
 from multilora_backend.adapters.pins import Pins
 from multilora_backend.adapters.pool import DevicePool, Transfer
-from multilora_backend.adapters.ranks import Place, Places, padded
+from multilora_backend.adapters.ranks import Place, padded
+from multilora_backend.adapters.room import Clearing, Room
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, Lease
 
 
@@ -42,9 +42,11 @@ class Residency:
         self._books = books
         self._costs = costs
         self._transfers: dict[str, _OnItsWay] = {}
-        self._places = Places(pool.num_ranks)
+        self._places = Room(pool.num_ranks, pool.extras.nbytes)
         self._no_room_for: float = math.inf
         """Ranks that were asked for in vain since there may have been new room: larger requests need not look."""
+        self._no_room_for_extras: set[str] = set()
+        """Keys with extras that asked in vain since then: it may be the arena that is full, not the ranks."""
 
     @property
     def transferring(self) -> bool:
@@ -52,20 +54,30 @@ class Residency:
 
     @property
     def nbytes(self) -> tuple[int, int]:
-        """Taken or reserved, and the budget."""
+        """Of A and B: taken or reserved, and the budget."""
         per_rank = self.pool.bytes_per_rank
         return (self.pool.num_ranks - self._places.num_free) * per_rank, self.pool.num_ranks * per_rank
+
+    @property
+    def extras_nbytes(self) -> int:
+        """Of the arena: taken or reserved."""
+        return self._places.extras_nbytes
 
     def place(self, key: str) -> Place | None:
         return self._places.get(key)
 
-    def no_room(self, rank: int) -> bool:
+    def holds(self, key: str, weights: AdapterWeights) -> bool:
+        """Whether its place is one for these weights."""
+        return self._places.holds(key, weights.rank, weights.extras_bytes)
+
+    def no_room(self, record: AdapterRecord) -> bool:
         """Whether room for so much was last asked for in vain."""
-        return padded(rank) >= self._no_room_for
+        return padded(record.rank) >= self._no_room_for or record.key in self._no_room_for_extras
 
     def look_again(self) -> None:
         """Something was given back, or may be evicted now."""
         self._no_room_for = math.inf
+        self._no_room_for_extras.clear()
 
     def reserve(self, record: AdapterRecord, protect: Collection[str]) -> bool:
         """A place for an adapter of known rank, evicting and moving for it if need be; False if there is none now.
@@ -76,9 +88,9 @@ class Residency:
         if problem:
             self._books.fail(record, problem, passing=True)
             return False
-        if self.no_room(record.rank):
+        if self.no_room(record):
             return False
-        if self._places.claim(record.key, record.rank) is not None:
+        if self._claim(record):
             return True
         active = (self._books.records[key] for key in self.leases if key not in protect)
         idle = {r.key: max(r.since, r.last_used or 0.0) for r in active if self._evictable(r)}
@@ -87,24 +99,24 @@ class Residency:
         if self._places.num_free + gained < padded(record.rank):
             self._no_room_for = padded(record.rank)
             return False
-        if idle:
+        if idle and not record.extras_bytes:
             oldest = min(idle, key=idle.__getitem__)
             if padded(self._books.records[oldest].rank) >= padded(record.rank):  # no plan would be better than this one
                 self.evict(self._books.records[oldest])
-                return self._places.claim(record.key, record.rank) is not None
+                return self._claim(record)
         # What is on its way to a place stays there; all others may be moved, leased or not: steps are planned with the
         # pool's tables, which say where they are now.
-        room = plan_room(self._places.spans, self.pool.num_ranks, record.rank, idle, self._transfers)
+        room = self._places.clear_for(record.rank, record.extras_bytes, idle, self._transfers)
         if room is None:
-            self._no_room_for = padded(record.rank)
+            if record.extras_bytes:
+                self._no_room_for_extras.add(record.key)
+            else:
+                self._no_room_for = padded(record.rank)
             return False
         for key in room.evict:
             self.evict(self._books.records[key])
-        for shift in room.shifts:
-            place = self._places.move(shift.name, shift.start)
-            if shift.name in self.leases:  # who has only reserved its place has nothing to be copied
-                self.pool.move(place.slot, place.rank_start)
-        return self._places.claim(record.key, record.rank) is not None
+        self._shift(room)
+        return self._claim(record)
 
     def write(self, record: AdapterRecord, weights: AdapterWeights) -> None:
         """Begins to copy a LOADING adapter to its place; it becomes FAILED if the device refuses."""
@@ -112,7 +124,8 @@ class Residency:
         assert place is not None, f"adapter {record.key} is written without a place"
         self.written += 1
         try:
-            transfer = self.pool.write(weights, place.slot, place.rank_start)
+            extras_start = self._places.extras_start(record.key)
+            transfer = self.pool.write(weights, place.slot, place.rank_start, extras_start)
         except RuntimeError as error:  # torch's, for whatever its device or its memory lacks
             self._lost(record, error)
             return
@@ -157,6 +170,22 @@ class Residency:
             return False
         self.evict(record)
         return True
+
+    def _claim(self, record: AdapterRecord) -> bool:
+        return self._places.claim(record.key, record.rank, record.extras_bytes) is not None
+
+    def _shift(self, room: Clearing) -> None:
+        # Who has only reserved its place has nothing to be copied.
+        for shift in room.shifts:
+            place = self._places.move(shift.name, shift.start)
+            if shift.name in self.leases:
+                self.pool.move(place.slot, place.rank_start)
+        for shift in room.extras_shifts:
+            begin = self._places.extras_start(shift.name)
+            place = self._places.move_extras(shift.name, shift.start)
+            if shift.name in self.leases:
+                size = self._books.records[shift.name].extras_bytes
+                self.pool.extras.move(place.slot, begin, self._places.extras_start(shift.name), size)
 
     def _lost(self, record: AdapterRecord, error: RuntimeError) -> None:
         """It says nothing about the adapter, so it may be asked for again."""

@@ -201,8 +201,9 @@ class Revisions:
         assert outcome is not None
         assert outcome.weights is not None
         if successor is record:
-            found, wanted = outcome.weights.version, record.entry.version
-            reason = self._life.residency.pool.too_large(outcome.weights.rank)
+            weights = outcome.weights
+            found, wanted = weights.version, record.entry.version
+            reason = self._life.residency.pool.too_large(weights.rank, weights.extras_bytes)
             if not found.startswith(wanted):
                 reason = f"version {wanted} was asked for, and the source has {found} now"
             if reason:

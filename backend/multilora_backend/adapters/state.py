@@ -67,6 +67,10 @@ class AdapterRecord:
     """Content hash. Once known it never changes: another content is another revision. Empty if unread."""
     rank: int = field(default=0, init=False)
     """Largest rank of a module; 0 while unknown."""
+    extras_bytes: int = field(default=0, init=False)
+    """Of the device's memory for what it has besides A and B."""
+    vocabulary: int = field(default=0, init=False)
+    """Tokens that it knows; 0: those of the base model, or unread."""
     nbytes: int = field(default=0, init=False)
     """On the host, in device layout."""
     no_effect: bool = field(default=False, init=False)

@@ -16,7 +16,9 @@ from io import BufferedReader
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from multilora_backend.errors import MultiloraError, invalid
 
@@ -24,6 +26,8 @@ ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Those that an adapter's tensors may have."""
 MAX_KEPT_BYTES = 512 * 2**20
 """Memory that a thread keeps for the next file; larger files get their own."""
 
@@ -101,6 +105,13 @@ def read_data(file: BufferedReader, header: Header, label: str) -> NDArray[np.ui
     if file.readinto(data.data) != header.file_size or data[: len(header.raw)].tobytes() != header.raw:
         raise invalid(label, "changed while it was read")
     return data
+
+
+def tensor_of(info: TensorInfo, data: NDArray[np.uint8]) -> Tensor:
+    """A view of the file's content; a copy where the file does not align its tensors, as the format allows."""
+    dtype = DTYPES[info.dtype]
+    source = data[info.start : info.stop]
+    return torch.from_numpy(source.copy() if info.start % dtype.itemsize else source).view(dtype).view(info.shape)
 
 
 def _memory(nbytes: int) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from multilora_backend.adapters.watcher import Watcher
 from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import ErrorCode
+from multilora_backend.models.fusion import base_model
 from multilora_backend.models.loader import LoadedModel
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def create_adapters(
         catalogue,
         model.sites,
         device_bytes=config.adapter_device_bytes or memory.adapter_bytes(model.device),
+        extras_bytes=memory.extras_bytes(config, model.device),
+        base=base_model(model.module),
         host_bytes=config.adapter_host_bytes,
         load_threads=config.adapter_load_threads,
         dtype=model.dtype,

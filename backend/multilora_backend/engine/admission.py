@@ -21,13 +21,14 @@ def admit(engine: Engine, message: Submit) -> str:
     if not 1 <= prompt < engine.model.max_model_len:
         limit = engine.model.max_model_len - 1
         raise invalid("text_input", f"must be 1 to {limit} tokens, got {prompt}")
-    vocab_size = engine.card.vocab_size
-    if max(message.prompt_token_ids) >= vocab_size or min(message.prompt_token_ids) < 0:
-        raise invalid("text_input", f"token ids must be below the vocabulary's {vocab_size}")
     if len(engine.scheduler.waiting) + message.sampling.n > engine.config.max_waiting:
         limit = engine.config.max_waiting
         raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")
     adapter = engine.adapters.resolve(message.adapter, message.tenant) if message.adapter else ""
+    known = engine.adapters.vocabulary(adapter) if adapter else 0
+    vocabulary = known or engine.card.vocab_size
+    if max(message.prompt_token_ids) >= vocabulary or min(message.prompt_token_ids) < 0:
+        raise invalid("text_input", f"token ids must be below the vocabulary's {vocabulary}")
     engine.scheduler.check(message.tenant, adapter, message.sampling.n)
     return adapter
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from multilora_backend.adapters.extras import ALIGNMENT
 from multilora_backend.config import Config
 from multilora_backend.errors import invalid
 from multilora_backend.models.loader import LoadedModel, bytes_per_token
@@ -21,6 +22,8 @@ CPU_KV_CACHE_BYTES = 256 * 2**20
 CUDA_ADAPTER_BYTES = 8 * 2**30
 CUDA_ADAPTER_SHARE = 12
 """The adapters' pool is one part in this many of the device's memory, CUDA_ADAPTER_BYTES at most."""
+EXTRAS_SHARE = 16
+"""The extras' arena is as large as one part in this many of the adapters' pool, and comes on top of it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ def adapter_bytes(device: torch.device) -> int:
 def default_adapter_bytes(total: int | None) -> int:
     """`total`: the CUDA device's bytes; None: the CPU."""
     return CPU_ADAPTER_BYTES if total is None else min(CUDA_ADAPTER_BYTES, total // CUDA_ADAPTER_SHARE)
+
+
+def extras_bytes(config: Config, device: torch.device) -> int:
+    """The arena of what adapters have besides A and B: beside 80 adapters of an 8B model, for DoRA with 48 of them."""
+    return extras_arena_bytes(config, torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None)
+
+
+def extras_arena_bytes(config: Config, total: int | None) -> int:
+    """`total` as in `default_adapter_bytes`."""
+    size = config.adapter_extras_bytes or (config.adapter_device_bytes or default_adapter_bytes(total)) // EXTRAS_SHARE
+    return size // ALIGNMENT * ALIGNMENT
 
 
 def num_pages(config: Config, model: LoadedModel) -> int:

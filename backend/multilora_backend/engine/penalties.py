@@ -40,6 +40,12 @@ class Penalties:
         if row is not None:
             self._free.append(row.index)
 
+    def widen(self, width: int) -> None:
+        """Makes room for token ids below `width`, if there is none: an adapter may know more than the model."""
+        missing = width - self._said.shape[1]
+        if missing > 0:
+            self._said = torch.nn.functional.pad(self._said, (0, missing))
+
     def rows_of(self, sequences: list[Sequence], copies: Copies) -> list[int]:
         """Each sequence's row, which holds all of its output. Makes rows that are missing from the token ids.
 
@@ -62,7 +68,7 @@ class Penalties:
         repetition counts prompt and output (Keskar et al., CTRL, 2019); presence and frequency count the output only
         (OpenAI's definition: logit - count * frequency - (count > 0) * presence).
         """
-        said = self._said.index_select(0, rows)
+        said = self._said.index_select(0, rows)[:, : logits.shape[1]]
         factor = torch.where(said > 0, repetition[:, None], 1.0)
         logits = torch.where(logits > 0, logits / factor, logits * factor)
         count = said >> 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,9 +76,11 @@ class ModelRunner:
         batch = Batch.from_plan(plan, self._page_size, self._drawn_rows)
         slots = [plan.slots[i] for i in batch.sample_slots]
         self._inputs.wait()
-        logits = self._decode(batch) if batch.one_row_each and len(slots) == batch.num_rows else None
+        graphs = not self._lora.extras.act_on(batch)
+        decode = graphs and batch.one_row_each and len(slots) == batch.num_rows
+        logits = self._decode(batch) if decode else None
         if logits is None:
-            logits = self._prompt(batch)
+            logits = self._prompt(batch, graphs)
         if not slots:
             return Launched(plan, slots, None)
         pending = self.sampler.launch(logits[: len(slots)], [slot.sequence for slot in slots])
@@ -98,10 +100,10 @@ class ModelRunner:
         graph.replay()
         return graph.logits
 
-    def _prompt(self, batch: Batch) -> Tensor:
-        """A step of any shape, in pieces of graph if there is one for it."""
+    def _prompt(self, batch: Batch, graphs: bool) -> Tensor:
+        """A step of any shape, in pieces of graph if there is one for it and `graphs` may be used."""
         samples, graph = len(batch.sample_rows), None
-        if self.prompt_graphs is not None:
+        if graphs and self.prompt_graphs is not None:
             graph = self.prompt_graphs.find(batch.num_rows, samples, self._lora.ranks(batch))
         if graph is not None:
             batch = batch.padded(graph.rows, one_row_each=False).sampling(graph.samples)
@@ -126,7 +128,10 @@ class ModelRunner:
     def forward(
         self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
     ) -> Tensor:
-        """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None."""
+        """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None.
+
+        They have more columns than the model has tokens if an adapter of the step has more.
+        """
         device = self._inputs.device
         sources = device("sources", rows)
         token_ids = torch.where(sources >= 0, self._drawn[sources.clamp_min(0)], device("token_ids", rows))
@@ -136,12 +141,15 @@ class ModelRunner:
             keep = device("sample_rows", max(samples, 1)).long()
         step = context.StepContext(attention, self._lora, device("write_slots", rows), query)
         with context.step(step):
-            return self._model.module(
+            logits: Tensor = self._model.module(
                 input_ids=token_ids[None],
                 position_ids=device("positions", rows)[None],
                 logits_to_keep=keep,
                 use_cache=False,
             ).logits[0]
+        # Behind the model's own last steps, such as a softcap, which leave no infinity.
+        self._lora.extras.bound(logits, self._model.config.vocab_size)
+        return logits
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
@@ -150,6 +158,9 @@ class ModelRunner:
             steps = [LoraStep()]
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
+                everything = self._lora.extras.everything()
+                if everything is not None:
+                    steps += [replace(step, extras=everything) for step in steps[1:]]
             for step in steps:
                 logits = self._run_idle(rows, step)
         self.sampler.warm_up(logits)

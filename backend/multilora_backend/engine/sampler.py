@@ -50,12 +50,15 @@ class Sampler:
     def launch(self, logits: Tensor, sequences: list[Sequence]) -> Pending:
         """Queues the draw of every sequence's token number `num_output_tokens` on the current stream.
 
-        logits: [B, vocab] of any float dtype, row i sequence i's; rows may be strided. They are not changed.
+        logits: [B, vocab] of any float dtype, row i sequence i's; rows may be strided. They are not changed. They have
+        more columns if an adapter knows more tokens than the model.
         """
-        if logits.shape != (len(sequences), self._vocab_size):
-            raise ValueError(f"logits {tuple(logits.shape)}, expected {(len(sequences), self._vocab_size)}")
+        count, width = logits.shape
+        if count != len(sequences) or width < self._vocab_size:
+            raise ValueError(f"logits {tuple(logits.shape)}, expected {(len(sequences), self._vocab_size)} or wider")
+        self._penalties.widen(width)
         copies, wants = Copies(self._staging), _Wants(sequences)
-        given = copies.upload(self._parameters(sequences, wants, copies))
+        given = copies.upload(self._parameters(sequences, wants, copies, width))
         token_ids = self._draw(self._adjust(logits, wants, given), wants, given)
         if wants.penalties:
             drawn = token_ids.index_select(0, given["penalised"])
@@ -83,7 +86,9 @@ class Sampler:
                 for sequence in sequences:
                     self.forget(sequence)
 
-    def _parameters(self, sequences: list[Sequence], wants: _Wants, copies: Copies) -> dict[str, NDArray[Any]]:
+    def _parameters(
+        self, sequences: list[Sequence], wants: _Wants, copies: Copies, width: int
+    ) -> dict[str, NDArray[Any]]:
         """What the device must know, by name: nothing for a greedy batch."""
         given: dict[str, NDArray[Any]] = {}
         if wants.penalties:
@@ -93,7 +98,7 @@ class Sampler:
             for name in ("repetition", "presence", "frequency"):
                 given[name] = _column(penalised, f"{name}_penalty")
         if wants.biases:
-            given["bias_places"], given["biases"] = self._bias(sequences, wants.biases)
+            given["bias_places"], given["biases"] = self._bias(sequences, wants.biases, width)
         if wants.noise:
             given["temperature"] = _column(sequences, "temperature")
             given["temperature"][given["temperature"] < GREEDY_BELOW] = 0
@@ -127,7 +132,9 @@ class Sampler:
             kept = truncate(logits, given["temperature"], given["top_k"], given["top_p"], given["min_p"])
         return draw(logits, given["temperature"], given["seed"], given["index"], kept)
 
-    def _bias(self, sequences: list[Sequence], rows: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _bias(
+        self, sequences: list[Sequence], rows: list[int], width: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(places in the flat logits, what to add there) for these rows' logit_bias and min_tokens."""
         places, values = [], []
         for row in rows:
@@ -135,10 +142,10 @@ class Sampler:
             bias = self._biases.get(sequence)
             if bias is None:
                 bias = self._biases[sequence] = _Bias.of(sequence.sampling, self._eos_token_ids)
-            places.append(bias.tokens + row * self._vocab_size)
+            places.append(bias.tokens + row * width)
             values.append(bias.values)
             if sequence.num_output_tokens < sequence.sampling.min_tokens:
-                places.append(bias.ends + row * self._vocab_size)
+                places.append(bias.ends + row * width)
                 values.append(np.full(len(bias.ends), -np.inf, np.float32))
         return np.concatenate(places), np.concatenate(values)
 

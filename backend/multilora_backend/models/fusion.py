@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError
-from multilora_backend.models.layers import Attention, DecoderLayer, GatedMlp
+from multilora_backend.models.layers import Attention, DecoderLayer, GatedMlp, Norm
 from multilora_backend.models.linear import FusedLinear
+from multilora_backend.models.vocabulary import Embedding, Head
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of gated activations, and ours."""
@@ -20,21 +22,31 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 def fuse(model: Any) -> list[LoraSite]:
     """Replaces every decoder layer in place; returns the sites in the order of the layers.
 
-    The output head and the embedding stay as they are: they may be tied.
+    The output head and the embedding keep their weights, which may be tied, and get modules of ours around them.
     """
     decoder = model.model
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.full_name = name
     sites: list[LoraSite] = []
     layers = list(decoder.layers)
     norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
     for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
         decoder.layers[index] = _fused_layer(layer, f"model.layers.{index}", next_norm, index == 0, sites)
     decoder.norm = nn.Identity()  # done by the last layer
+    decoder.embed_tokens, model.lm_head = Embedding(decoder.embed_tokens), Head(model.lm_head)
     return sites
 
 
 def linears(model: nn.Module) -> list[FusedLinear]:
     """In the order of their sites."""
     return sorted((m for m in model.modules() if isinstance(m, FusedLinear)), key=lambda m: m.index)
+
+
+def base_model(model: Any) -> BaseModel:
+    """What adapters are told of a fused model."""
+    norms = {module.name: module.weight.data for module in model.modules() if isinstance(module, Norm)}
+    return BaseModel(linears(model), norms, model.model.embed_tokens.weight, model.lm_head.weight)
 
 
 def _fused_layer(layer: Any, path: str, next_norm: Any, first: bool, sites: list[LoraSite]) -> DecoderLayer:

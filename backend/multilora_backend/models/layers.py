@@ -9,6 +9,7 @@ the residual add, so hidden states travel between layers already normed and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,26 @@ class Norm(nn.Module):
         self.weight = module.weight
         self.eps = float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
         self.gemma = "Gemma" in type(module).__name__
+        self.name: str = module.full_name
+        """In transformers' model: adapters may have weights of their own for it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, inner: Norm | None = None) -> Tensor:
         """Norm of x; with a residual, of residual + x, which is left in `residual`. `inner` norms x first."""
-        return add_rmsnorm(x, residual, self.weight, self.eps, self.gemma, None if inner is None else inner.weight)
+        groups = context.current().lora.extras.weights(self.name, self.name if inner is None else inner.name)
+        if groups is None:
+            return add_rmsnorm(x, residual, self.weight, self.eps, self.gemma, None if inner is None else inner.weight)
+        out = x.new_empty(x.shape)
+        for rows, (weight, inner_weight) in groups:
+            weight = self.weight if weight is None else weight
+            if inner is None:
+                inner_weight = None
+            elif inner_weight is None:
+                inner_weight = inner.weight
+            own = None if residual is None else residual[rows]
+            out[rows] = add_rmsnorm(x[rows], own, weight, self.eps, self.gemma, inner_weight)
+            if residual is not None and own is not None:
+                residual[rows] = own
+        return out
 
 
 @dataclass(frozen=True)
@@ -65,18 +82,31 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x `[T, hidden]`, cos and sin `[T, rotary width]` -> `[T, hidden]`."""
         step = context.current()
-        if self.qkv_proj.slices == 3:
+        groups = None
+        if self.q_norm is not None and self.k_norm is not None:
+            groups = step.lora.extras.weights(self.q_norm.name, self.k_norm.name)
+        if self.qkv_proj.slices == 3 and groups is None:
             qkv, delta = self.qkv_proj(x)
         else:  # one module for all three (Phi-3): its LoRA knows no q, k and v
             qkv, delta = self.qkv_proj.complete(x), None
-        more: dict[str, Any] = {"delta": delta, "out": step.query}
-        if self.q_norm is not None and self.k_norm is not None:
-            more |= {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight}
-            more |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        q = rope_write(qkv, cos, sin, self.kv_cache, step.write_slots, heads, kv_heads, **more)
+        if groups is None:
+            q = self._rope_write(qkv, cos, sin, step.write_slots, (None, None), delta=delta, out=step.query)
+        else:
+            q = x.new_empty(len(x), self.num_heads, self.head_dim) if step.query is None else step.query
+            for rows, weights in groups:
+                q[rows] = self._rope_write(qkv[rows], cos[rows], sin[rows], step.write_slots[rows], weights)
         out = step.attention.run(self.kv_cache, q, self.spec)
         return self.o_proj.complete(out.view(-1, self.num_heads * self.head_dim))
+
+    def _rope_write(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, norms: Sequence[Tensor | None], **more: Any
+    ) -> Tensor:
+        """`norms`: weights for q's and k's in place of the model's."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = norms
+            more |= {"q_norm": self.q_norm.weight if q is None else q, "eps": self.q_norm.eps}
+            more |= {"k_norm": self.k_norm.weight if k is None else k, "gemma": self.q_norm.gemma}
+        return rope_write(qkv, cos, sin, self.kv_cache, slots, self.num_heads, self.num_kv_heads, **more)
 
 
 class GatedMlp(nn.Module):

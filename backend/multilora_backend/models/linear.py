@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from multilora_backend.core import LoraSite
 from multilora_backend.models import context
-from multilora_kernels import Delta, grouped_expand
+from multilora_kernels import Delta, grouped_expand, row_affine
 
 
 class FusedLinear(nn.Module):
@@ -32,6 +32,16 @@ class FusedLinear(nn.Module):
             biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.data for p in parts]
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
 
+    @property
+    def base_weight(self) -> Tensor:
+        """[width, in_features]: W without the border."""
+        return self.weight.data[: self.site.width]
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """[width]"""
+        return None if self.bias is None else self.bias.data[: self.site.width]
+
     def add_border(self, ranks: int) -> None:
         """Makes room for `ranks` ranks of every slice behind the weight. All of it is zero at first."""
         self.weight = nn.Parameter(_grown(self.weight.data, ranks * self.slices), requires_grad=False)
@@ -40,7 +50,16 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Delta | None]:
         """x `[T, in_features]` -> y `[T, width]`, rows possibly strided, and what is still to be added to it."""
-        return context.current().lora.project(self, x)
+        lora = context.current().lora
+        y, delta = lora.project(self, x)
+        affine = lora.extras.affine(self)
+        if affine is None:
+            return y, delta
+        # DoRA scales what B adds as well: it has to be there first.
+        if delta is not None:
+            grouped_expand(y, delta, self.site.out_features)
+        row_affine(y, affine)
+        return y, None
 
     def complete(self, x: Tensor) -> Tensor:
         """y with LoRA added, for consumers that cannot add it themselves."""

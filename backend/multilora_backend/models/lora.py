@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from multilora_backend.adapters.border import Move
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.models.batch import Batch
+from multilora_backend.models.extras import ExtrasStep, StepExtras
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
     Delta,
@@ -46,9 +47,14 @@ class LoraStep:
     """What has to be copied into the border first."""
     prompts: bool = False
     """Thousands of rows: with a tier, wide linears take h from grouped_shrink all the same."""
+    extras: ExtrasStep | None = None
+    """None: no adapter of the step has any, and nothing is launched for them."""
 
 
 class LoraStrategy(Protocol):
+    extras: StepExtras
+    """What the adapters have besides A and B."""
+
     def ranks(self, batch: Batch) -> list[int]:
         """The ranks of the batch's different adapters."""
         ...
@@ -80,6 +86,8 @@ class LoraStrategy(Protocol):
 class NoLora:
     """For models served without adapters, and for steps that have none."""
 
+    extras = StepExtras(None)
+
     def ranks(self, batch: Batch) -> list[int]:
         return []
 
@@ -107,6 +115,7 @@ class Grouped(NoLora):
     def __init__(self, linears: list[FusedLinear], pool: DevicePool) -> None:
         self._pool = pool
         self._segments: Segments | None = None
+        self.extras = StepExtras(pool.extras)
         self._h_ranks = 0
         """Columns of a slice in h where the plan says at which an adapter's begin; 0: it does not."""
 
@@ -121,10 +130,11 @@ class Grouped(NoLora):
         rows = batch.adapter_slots
         block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
-        return LoraStep(segments if segments.max_rank else None)
+        return LoraStep(segments if segments.max_rank else None, extras=self.extras.plan(batch, segments))
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         self._segments = segments
+        self.extras.enter(step.extras, segments)
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         y, _ = super().project(linear, x)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.cache import default_cache_dir, fetch
 from multilora_backend.adapters.entry import AdapterEntry
+from multilora_backend.adapters.extras import extras_host_bytes
 from multilora_backend.adapters.layout import host_bytes
 from multilora_backend.adapters.peft import check_adapter
 from multilora_backend.adapters.pool import PoolSize
 from multilora_backend.adapters.ranks import padded
+from multilora_backend.adapters.room import extras_can_ever_fit, grains
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import MultiloraError
 
@@ -28,6 +31,9 @@ class Footprint:
     name: str
     rank: int = 0
     device_bytes: int = 0
+    """In the pool of A and B."""
+    extras_bytes: int = 0
+    """In the arena of what it has besides them."""
     host_bytes: int = 0
     reason: str = ""
     """Why it cannot be served, or cannot be known yet."""
@@ -49,23 +55,34 @@ class RankRow:
 
 
 def footprint(
-    entry: AdapterEntry, sites: Sequence[LoraSite], dtype: torch.dtype, pool: PoolSize, pinned: bool, max_bytes: int
+    entry: AdapterEntry,
+    sites: Sequence[LoraSite],
+    dtype: torch.dtype,
+    pool: PoolSize,
+    base: BaseModel,
+    arena: int,
+    pinned: bool,
+    max_bytes: int,
 ) -> Footprint:
-    """`pinned`: the host cache is in pinned memory, as with a CUDA device. `max_bytes`: of a file."""
+    """`arena`: bytes for extras. `pinned`: the host cache is in pinned memory, as with a CUDA device. `max_bytes`: of a
+    file."""
     if not entry.source.is_local:
         return Footprint(entry.name, reason=f"{entry.source.text} is fetched when it is first asked for")
     try:
         folder = fetch(entry.source, default_cache_dir(), max_bytes)  # of a local source: checked, and left where it is
-        plan = check_adapter(folder, sites, entry.source.inside)
+        plan = check_adapter(folder, sites, entry.source.inside, base)
     except MultiloraError as error:
         return Footprint(entry.name, reason=error.message)
     except OSError as error:
         return Footprint(entry.name, reason=f"cannot be read: {error.strerror or error}")
     if padded(plan.rank) > pool.num_ranks:
         return Footprint(entry.name, plan.rank, reason=f"rank {plan.rank} is more than the {pool.num_ranks} there are")
+    if not extras_can_ever_fit(plan.extras_bytes, arena):
+        return Footprint(entry.name, plan.rank, reason=f"{plan.extras_bytes} adapter_extras_bytes are needed")
     touched = {part.site for part in plan.parts}
-    on_host = host_bytes(sites, touched, plan.rank, dtype, pinned)
-    return Footprint(entry.name, plan.rank, padded(plan.rank) * pool.bytes_per_rank, on_host)
+    on_host = host_bytes(sites, touched, plan.rank, dtype, pinned) + extras_host_bytes(plan.extras, pinned)
+    on_device = padded(plan.rank) * pool.bytes_per_rank
+    return Footprint(entry.name, plan.rank, on_device, grains(plan.extras_bytes), on_host)
 
 
 def by_rank(

@@ -22,7 +22,7 @@ from multilora_backend.config import Config
 from multilora_backend.engine import memory
 from multilora_backend.errors import MultiloraError, invalid
 from multilora_backend.models.bordered import border_ranks
-from multilora_backend.models.fusion import linears
+from multilora_backend.models.fusion import base_model, linears
 from multilora_backend.models.loader import LoadedModel, bytes_per_token, outline
 from multilora_backend.models.strategies import strategy_name
 from multilora_backend.planning.footprint import Footprint, RankRow, by_rank, footprint
@@ -57,6 +57,8 @@ class Plan:
     weights: int
     adapter_pool: int
     """On the device, with the staging buffer."""
+    adapter_extras: int
+    """On the device: the arena of what adapters have besides A and B."""
     border: int
     cuda_graphs: int
     kv_cache: int
@@ -110,7 +112,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     model = outline(config, machine.device)
     weights = _nbytes(model.module)
     pool, border = _adapter_memory(config, model, machine)
-    free = machine.free - weights - pool.nbytes - border
+    arena = memory.extras_arena_bytes(config, machine.total if cuda else None) if config.lora_enabled else 0
+    free = machine.free - weights - pool.nbytes - arena - border
     budget = memory.kv_cache_bytes(config, memory.DeviceMemory(machine.total, free) if cuda else None)
     page_bytes = bytes_per_token(model) * config.block_size
     pages, problem = 0, ""
@@ -127,7 +130,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     roots = Roots.for_operator(config.adapter_roots, config.adapters)
     entries = Catalogue.read(config.adapters, roots).entries if config.lora_enabled else ()
     limit = config.adapter_max_bytes
-    footprints = tuple(footprint(entry, *common, pinned=cuda, max_bytes=limit) for entry in entries)
+    base = base_model(model.module)
+    footprints = tuple(footprint(entry, *common, base, arena, pinned=cuda, max_bytes=limit) for entry in entries)
     rows = by_rank(footprints, *common, config.adapter_host_bytes, pinned=cuda) if config.lora_enabled else []
     return Plan(
         model=config.model,
@@ -138,6 +142,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         stored_weights=_stored_bytes(Path(config.model)),
         weights=weights,
         adapter_pool=pool.nbytes,
+        adapter_extras=arena,
         border=border,
         cuda_graphs=graphs,
         kv_cache=pages * page_bytes,

@@ -40,6 +40,7 @@ def _tables(plan: Plan) -> Iterable[RenderableType]:
     rows = [
         ("weights", plan.weights, f"{size(plan.stored_weights)} in safetensors files"),
         ("adapter pool", plan.adapter_pool, f"{plan.ranks} ranks"),
+        ("extras", plan.adapter_extras, "what adapters have besides A and B"),
         ("LoRA border", plan.border, "behind the base weights, for decode steps"),
         ("KV cache", plan.kv_cache, f"{plan.kv_tokens:,} tokens of {size(plan.bytes_per_token)}"),
         ("CUDA graphs", plan.cuda_graphs, ""),
@@ -68,6 +69,9 @@ def _notes(plan: Plan) -> Iterable[str]:
             f"{len(served):,} adapters have {need:,} ranks of the pool's {plan.ranks:,}, and take {size(host)} of "
             f"the host cache's {size(plan.host_budget)}."
         )
+        extras = sum(each.extras_bytes for each in served)
+        if extras:
+            yield f"What they have besides A and B takes {size(extras)} of {size(plan.adapter_extras)}."
         if plan.max_loras:
             yield f"At most {plan.max_loras} of them share a step (max_loras)."
     refused = plan.refused

@@ -38,7 +38,7 @@ def make_llama() -> LlamaForCausalLM:
 @pytest.fixture(autouse=True, scope="session")
 def dirty_memory() -> Iterator[None]:
     """Host memory begins as NaN, so that no test passes because it happened to be zero."""
-    clean = layout._buffer
+    clean = layout.allocate_buffer
 
     def dirty(sizes: list[int], dtype: torch.dtype, pin: bool) -> layout.Buffer:
         buffer = clean(sizes, dtype, pin)
@@ -46,7 +46,7 @@ def dirty_memory() -> Iterator[None]:
         return buffer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "_buffer", dirty)
+        patch.setattr(layout, "allocate_buffer", dirty)
         yield
 
 

@@ -37,10 +37,9 @@ def refused(folder, sites, match, weights=False):
 
 
 REFUSED_VALUES = {
-    "use_dora": True,
-    "lora_bias": True,
-    "fan_in_fan_out": True,
-    "bias": "lora_only",
+    "use_dora": "yes",
+    "lora_bias": 1,
+    "bias": "some",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["mlp.experts.gate_up_proj"],
@@ -169,7 +168,7 @@ def test_other_base_with_another_width(save, sites):
 
 def test_other_base_with_fewer_or_more_layers(save, sites):
     folder = save(target_modules=["q_proj", "up_proj"])
-    refused(folder, sites[:4], r"the base model has no linear model\.layers\.1\.")
+    refused(folder, sites[:4], r"the base model has no model\.layers\.1\.")
     more = [dataclasses.replace(s, modules=tuple(m.replace("s.1.", "s.2.") for m in s.modules)) for s in sites[4:]]
     refused(folder, [*sites, *more], r"^model\.layers\.2\..*: is missing")
 

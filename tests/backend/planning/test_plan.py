@@ -65,8 +65,9 @@ def test_an_8b_model_on_80_gib(llama_8b: Path) -> None:
     [row] = [row for row in plan.by_rank if row.rank == 16]
     assert row.device_bytes == 16 * bytes_per_rank
     assert row.device_fit == plan.ranks // 16
-    whole = 80 * GIB
-    assert plan.kv_cache + plan.unassigned + plan.cuda_graphs + plan.weights + plan.adapter_pool + plan.border == (
+    assert plan.adapter_extras == (80 * GIB // 12) // 16 // 16 * 16
+    whole, of_adapters = 80 * GIB, plan.adapter_pool + plan.adapter_extras + plan.border
+    assert plan.kv_cache + plan.unassigned + plan.cuda_graphs + plan.weights + of_adapters == (
         whole - planning.CUDA_CONTEXT_BYTES
     )
     # gpu_memory_utilization leaves a tenth alone, and less than a page is lost.
@@ -78,7 +79,8 @@ def test_without_adapters_their_memory_is_kv_cache(llama_8b: Path) -> None:
     config = Config(model=str(llama_8b))
     without, with_ = make_plan(config, machine_of(config, 80 * GIB)), on_cuda(llama_8b, 80)
     assert (without.adapter_pool, without.border, without.ranks, without.by_rank) == (0, 0, 0, ())
-    gained = without.kv_cache - with_.kv_cache - with_.adapter_pool - with_.border
+    assert without.adapter_extras == 0
+    gained = without.kv_cache - with_.kv_cache - with_.adapter_pool - with_.adapter_extras - with_.border
     assert abs(gained) <= 16 * without.bytes_per_token
 
 
@@ -195,4 +197,4 @@ def test_what_is_no_size(text: str) -> None:
 
 @given(st.integers(1, 2**50))
 def test_a_size_is_read_back_as_it_was_shown(count: int) -> None:
-    assert abs(parse_size(size(count)) - count) <= 0.05 * 1024 ** max(0, (count.bit_length() - 1) // 10)
+    assert abs(parse_size(size(count)) - count) <= 1 + 0.05 * 1024 ** max(0, (count.bit_length() - 1) // 10)

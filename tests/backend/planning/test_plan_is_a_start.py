@@ -23,6 +23,7 @@ ADAPTERS = {
     "small": {"r": 3},
     "attention": {"r": 9, "target_modules": ["q_proj", "o_proj"]},
     "mixed": {"r": 4, "rank_pattern": {"layers.1.mlp.down_proj": 21}},
+    "dora": {"r": 5, "use_dora": True},
 }
 
 
@@ -50,6 +51,7 @@ def allocated(engine: Engine) -> dict[str, int]:
     found = {"weights and border": sum(tensors.values())}
     found["kv_cache"] = sum(layer.kv_cache.nbytes for layer in attention_modules(module))
     found["adapter_pool"] = sum(t.nbytes for t in (*pool.a, *pool.b)) if pool else 0
+    found["adapter_extras"] = pool.extras.nbytes if pool else 0
     found["ranks"] = pool.num_ranks if pool else 0
     found["kv_pages"] = engine.pages.num_pages - 1
     found["kv_tokens"] = found["kv_pages"] * engine.config.block_size
@@ -59,7 +61,7 @@ def allocated(engine: Engine) -> dict[str, int]:
 
 def promised(plan: Plan) -> dict[str, int]:
     found = {"weights and border": plan.weights + plan.border}
-    names = ("kv_cache", "adapter_pool", "ranks", "kv_pages", "kv_tokens", "max_model_len")
+    names = ("kv_cache", "adapter_pool", "adapter_extras", "ranks", "kv_pages", "kv_tokens", "max_model_len")
     return {**found, **{name: getattr(plan, name) for name in names}}
 
 
@@ -69,7 +71,7 @@ def promised(plan: Plan) -> dict[str, int]:
         {},
         {"lora_strategy": "bordered", "adapter_device_bytes": 500_000},
         {"lora_strategy": "bordered", "dtype": "bfloat16"},
-        {"kv_cache_bytes": 20_000, "adapter_device_bytes": 70_000},
+        {"kv_cache_bytes": 20_000, "adapter_device_bytes": 70_000, "adapter_extras_bytes": 12_345},
         {"adapters": ""},
     ],
 )
@@ -120,7 +122,7 @@ def test_tied_weights_biases_and_fused_modules_are_reckoned_right(name: str, tmp
 
 
 def test_adapters_take_what_the_plan_says(llama: Path) -> None:
-    config = settings(llama, adapter_device_bytes=400_000)
+    config = settings(llama, adapter_device_bytes=400_000, adapter_extras_bytes=65_536)
     plan = make_plan(config, machine_of(config))
     engine = Engine(config, wake=lambda: None)
     try:
@@ -130,9 +132,11 @@ def test_adapters_take_what_the_plan_says(llama: Path) -> None:
                 engine.adapters.poll()
                 time.sleep(0.005)
         taken = engine.adapters.stats()
-        assert {each.name: each.rank for each in plan.served} == {"attention": 9, "mixed": 21, "small": 3}
+        assert {each.name: each.rank for each in plan.served} == {"attention": 9, "dora": 5, "mixed": 21, "small": 3}
         assert sum(each.host_bytes for each in plan.served) == taken.bytes["host"][0]
         assert sum(each.device_bytes for each in plan.served) == taken.bytes["device"][0]
+        assert sum(each.extras_bytes for each in plan.served) == engine.adapters._life.residency.extras_nbytes
+        assert [each.name for each in plan.served if each.extras_bytes] == ["dora"]
         assert [each.name for each in plan.refused] == ["broken"]
         with pytest.raises(MultiloraError) as refused:
             engine.adapters.resolve("broken")
@@ -142,7 +146,7 @@ def test_adapters_take_what_the_plan_says(llama: Path) -> None:
 
 
 def test_as_many_adapters_of_a_rank_fit_as_the_plan_says(llama: Path) -> None:
-    config = settings(llama, adapter_device_bytes=400_000)
+    config = settings(llama, adapter_device_bytes=400_000, adapter_extras_bytes=65_536)
     plan = make_plan(config, machine_of(config))
     engine = Engine(config, wake=lambda: None)
     try:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matches an adapter's config, the tensors of its file and the base model against each other, before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from multilora_backend.adapters.affine import AffinePart
+from multilora_backend.adapters.base import EMBEDDING, HEAD, BaseModel
+from multilora_backend.adapters.extras import ExtraSpec, affine_spec, size_of
+from multilora_backend.adapters.found import EMBEDDING_KINDS, HEAD_KINDS, LINEAR, NORM, Found
+from multilora_backend.adapters.layout import numel
+from multilora_backend.adapters.norms import NormPart, plan_norms
+from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.tensors import TensorInfo
+from multilora_backend.adapters.vocabulary import TablePart, plan_tables
+from multilora_backend.core import LoraSite
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+
+
+@dataclass(frozen=True)
+class Part:
+    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`."""
+
+    module: str
+    site: int
+    slice: int
+    rank: int
+    scale: float
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What a folder's config and header promise: all that can be known without reading the weights."""
+
+    parts: tuple[Part, ...]
+    rank: int
+    """The largest of a part; 1 if there is none."""
+    numel: int
+    """Elements of A and B in device layout."""
+    affine: tuple[AffinePart, ...] = ()
+    norms: tuple[NormPart, ...] = ()
+    tables: tuple[TablePart, ...] = ()
+    """What is done to the embedding and to the head."""
+    extras: tuple[ExtraSpec, ...] = ()
+    """Tensors besides A and B."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it knows; 0: those of the base model."""
+        own = (table.vocabulary for table in self.tables if table.place == EMBEDDING and table.weight is not None)
+        return next(own, 0)
+
+    @property
+    def extras_bytes(self) -> int:
+        """On the device."""
+        return size_of(self.extras)
+
+
+def plan_adapter(
+    config: PeftConfig, tensors: Mapping[str, TensorInfo], sites: Sequence[LoraSite], base: BaseModel | None
+) -> AdapterPlan:
+    """Raises MultiloraError unless every tensor has its place and every place that the config names its tensor.
+
+    `base` None: the weights of the base model are not known, so what depends on them is refused.
+    """
+    places = {m: (i, j) for i, site in enumerate(sites) for j, m in enumerate(site.modules)}
+    for module in places:
+        if config.saves(module):
+            raise MultiloraError(
+                ErrorCode.UNSUPPORTED, f"modules_to_save: full weights of linears ({module}) are not supported"
+            )
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if base is None and getattr(config, field):
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{field}: needs the base model, which is not loaded")
+    kinds = _kinds(places, base)
+    found = Found(tensors, lambda module: kinds.get(module, frozenset()))
+    for (module, kind), info in found:
+        if kind in ("A", "B", "lora_bias", "magnitude") and module in places and not config.targets(module):
+            raise invalid(info.name, f"target_modules of adapter_config.json does not name {module}")
+    parts = _lora_parts(config, found, sites, places)
+    affine = _affine_parts(config, found, parts, sites, places, base)
+    norms = () if base is None else plan_norms(config, found, base)
+    tables = () if base is None else plan_tables(config, found, base)
+    if not parts and not any(table.has_lora for table in tables):
+        raise invalid("target_modules", "names no linear of the base model, nor its embedding")
+    rank = max((part.rank for part in parts), default=1)
+    touched = [sites[i] for i in {part.site for part in parts}]
+    extras = [affine_spec(sites[i]) for i in sorted({part.site for part in affine})]
+    extras += [norm.spec for norm in norms] + [spec for table in tables for spec in table.specs]
+    size = sum(numel(site, rank) for site in touched)
+    return AdapterPlan(tuple(parts), rank, size, tuple(affine), norms, tables, tuple(extras))
+
+
+def _kinds(places: Mapping[str, tuple[int, int]], base: BaseModel | None) -> dict[str, frozenset[str]]:
+    """What each module may have in the file."""
+    kinds = dict.fromkeys(places, LINEAR)
+    if base is not None:
+        kinds |= dict.fromkeys(base.norms, NORM)
+        if base.embedding is not None and base.head is not None:
+            kinds |= {EMBEDDING: EMBEDDING_KINDS, HEAD: HEAD_KINDS}
+    return kinds
+
+
+def _lora_parts(
+    config: PeftConfig, found: Found, sites: Sequence[LoraSite], places: Mapping[str, tuple[int, int]]
+) -> list[Part]:
+    parts = []
+    for module, (i, j) in places.items():
+        if config.targets(module):
+            rank, site = config.rank(module), sites[i]
+            a = found.expect(module, "A", (rank, site.in_features), "target_modules")
+            b = found.expect(module, "B", (site.out_features[j], rank), "target_modules")
+            parts.append(Part(module, i, j, rank, config.scale(module), a, b))
+    return parts
+
+
+def _affine_parts(
+    config: PeftConfig,
+    found: Found,
+    lora: Sequence[Part],
+    sites: Sequence[LoraSite],
+    places: Mapping[str, tuple[int, int]],
+    base: BaseModel | None,
+) -> list[AffinePart]:
+    """DoRA's magnitudes, lora_B's biases and trained biases, by module in the order of the sites."""
+    with_lora = {part.module: part for part in lora}
+    parts = []
+    for module, (i, j) in places.items():
+        shape, own = (sites[i].out_features[j],), with_lora.get(module)
+        part = AffinePart(
+            module,
+            i,
+            j,
+            magnitude=found.either(module, "magnitude", shape, "use_dora", config.use_dora and own is not None),
+            a=None if own is None else own.a,
+            b=None if own is None else own.b,
+            lora_bias=found.either(module, "lora_bias", shape, "lora_bias", config.lora_bias and own is not None),
+            bias=_bias(config, found, module, shape, base, i),
+            scale=1.0 if own is None else own.scale,
+        )
+        if any(info is not None for info in (part.magnitude, part.lora_bias, part.bias)):
+            if base is None:
+                field = "use_dora" if part.magnitude else "lora_bias" if part.lora_bias else "bias"
+                raise MultiloraError(ErrorCode.UNSUPPORTED, f"{field}: needs the base model, which is not loaded")
+            parts.append(part)
+    return parts
+
+
+def _bias(
+    config: PeftConfig, found: Found, module: str, shape: tuple[int, ...], base: BaseModel | None, site: int
+) -> TensorInfo | None:
+    """The module's trained bias, if the config says that it has one and the base model too."""
+    targeted = config.targets(module)
+    trained = config.bias == "all" or (config.bias == "lora_only" and targeted)
+    biased = base is not None and base.linears[site].base_bias is not None
+    info = found.either(module, "bias", shape, "bias", trained and (biased or found.get(module, "bias") is not None))
+    if info is not None:
+        # PEFT puts a linear with LoRA behind `base_layer`, and drops a name without it silently.
+        if info.name.endswith(".base_layer.bias") != targeted:
+            raise invalid(info.name, f"PEFT would not find it: {module} has {'' if targeted else 'no '}LoRA")
+        if base is not None and not biased:
+            raise invalid(info.name, f"the base model's {module} has no bias")
+    return info
