@@ -41,6 +41,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"query_pre_attn_scalar": 50, "layer_types": ["full_attention", "full_attention"]},
     "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.15,
+        "logits_scaling": 1.7,
+    },
 }
 """Without windows and capped scores: of these FlashInfer compiles variants of their own, a minute each."""
 

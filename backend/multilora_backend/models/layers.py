@@ -109,6 +109,8 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = Norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm)
         self.attention_out_norm = Norm(module.post_attention_layernorm) if sandwich else None
         self.mlp_out_norm = Norm(module.post_feedforward_layernorm) if sandwich else None
+        # Granite scales what a block adds.
+        self.residual_multiplier = float(getattr(module, "residual_multiplier", 1.0))
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
         """Residual stream in the context, normed hidden states in and out."""
@@ -118,5 +120,9 @@ class DecoderLayer(nn.Module):
         if self.input_norm is not None:
             step.residual = x  # fresh from the embedding: nobody else reads it
             x = self.input_norm(x)
-        x = self.mlp_norm(self.self_attn(x, cos, sin), step.residual, self.attention_out_norm)
-        return self.next_norm(self.mlp(x), step.residual, self.mlp_out_norm)[None]
+        x = self.mlp_norm(self._scaled(self.self_attn(x, cos, sin)), step.residual, self.attention_out_norm)
+        return self.next_norm(self._scaled(self.mlp(x)), step.residual, self.mlp_out_norm)[None]
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        # In place, and rounded before the residual is added, as transformers does it.
+        return y if self.residual_multiplier == 1.0 else y.mul_(self.residual_multiplier)

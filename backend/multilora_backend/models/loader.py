@@ -22,7 +22,7 @@ from multilora_backend.models.layers import Attention
 from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import ModelCard
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
 """`model_type`s that the tests run against transformers."""
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")

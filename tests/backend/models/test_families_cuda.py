@@ -55,7 +55,7 @@ def check_family(root: Path, device: str, family: str, **settings: Any) -> Drive
         prompt = torch.randint(3, 61, (length,), generator=generator).tolist()
         driver.submit(prompt, ["", *ADAPTERS][number % 3], max_tokens=6)
     driver.run()
-    assert driver.engine.adapters_per_step_max == len(ADAPTERS)
+    assert driver.engine.statistics.adapters_per_step_max == len(ADAPTERS)
     check_logits(driver.requests.values(), Judge(root / "model", root / "adapters", device))
     return driver
 

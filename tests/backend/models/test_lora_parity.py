@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of whole models, mixed in ragged steps, give the logits of transformers with peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from multilora_backend.adapters.peft import read_adapter
+from multilora_backend.adapters.pool import DevicePool
+from multilora_backend.adapters.ranks import padded
+from multilora_backend.config import Config
+from multilora_backend.core import Slot
+from multilora_backend.models.fusion import linears
+from multilora_backend.models.loader import attach_kv_cache, load_model
+from multilora_backend.models.strategies import STRATEGIES, create_strategy
+from ragged_steps import PAGE, logits_of_step, sequence
+
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 1.7,
+    },
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+DENSE: dict[str, dict[str, Any]] = {
+    "seven": {"target_modules": SEVEN},
+    "patterns": {
+        "target_modules": SEVEN,
+        "rank_pattern": {"q_proj": 2, "down_proj": 11, "layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {"o_proj": 3, "layers.0.mlp.gate_proj": 20},
+    },
+    "rslora": {"target_modules": ["k_proj", "up_proj"], "use_rslora": True, "r": 9},
+    "one layer": {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": 1, "r": 1},
+}
+ADAPTERS = {"llama": DENSE, "granite": DENSE}
+
+
+def save_model(folder: Path, family: str) -> Path:
+    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # norms at 1 and biases at 0 would hide mistakes
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapted(model: Path, folder: Path, seed: int, **lora: Any) -> Any:
+    """transformers with a random adapter of peft, which is also saved."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    torch.manual_seed(seed)
+    module = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **lora}))
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    module.save_pretrained(folder)
+    return module.eval()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_adapters_give_pefts_logits(tmp_path: Path, family: str, strategy: str):
+    folder = save_model(tmp_path / "model", family)
+    model = load_model(Config(model=str(folder), device="cpu", block_size=PAGE))
+    attach_kv_cache(model.module, 40, PAGE, model.device)
+    judges = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()]
+    pool = DevicePool(model.sites, 2**28, torch.float32, "cpu", max_ranks=128)
+    for tensor in [*pool.a, *pool.b]:
+        tensor.fill_(torch.nan)  # what nobody owns may hold anything
+    start = 8
+    for slot, (name, lora) in enumerate(ADAPTERS[family].items()):
+        judges.append(adapted(folder, tmp_path / name, slot, **lora))
+        weights = read_adapter(tmp_path / name, model.sites, torch.float32)
+        pool.write(weights, slot, start)
+        start += padded(weights.rank) + 8
+    lora = create_strategy(strategy, linears(model.module), pool)
+
+    generator = torch.Generator().manual_seed(1)
+    lengths = (17, 9, 4, 12, 11, 6)
+    tokens = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in lengths]
+    with torch.inference_mode():
+        expected = [judges[i % len(judges)](input_ids=torch.tensor([t])).logits[0] for i, t in enumerate(tokens)]
+        plain = [judges[0](input_ids=torch.tensor([t])).logits[0] for t in tokens]
+    pages = [[1 + 6 * i + j for j in range(6)] for i in range(len(tokens))]
+    sequences = [sequence(i, t, pages[i], i % len(judges) - 1) for i, t in enumerate(tokens)]
+    steps = [
+        [(0, 0, 6), (1, 0, 8), (3, 0, 11)],
+        [(1, 8, 1), (0, 6, 10), (2, 0, 3), (3, 11, 1), (4, 0, 10), (5, 0, 5)],
+        [(0, 16, 1), (2, 3, 1), (4, 10, 1), (5, 5, 1)],
+    ]
+    for step in steps:
+        got = logits_of_step(model, [Slot(sequences[i], start, count, True) for i, start, count in step], lora)
+        rows = torch.cat([expected[i][start : start + count] for i, start, count in step])
+        assert (got - rows).abs().max() <= 1e-5 * rows.abs().max()
+    assert min(float((e - p).abs().max()) for e, p in list(zip(expected, plain, strict=True))[1:5]) > 0.1
