@@ -12,6 +12,7 @@ from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.layers import Attention, DecoderLayer, GatedMlp
 from multilora_backend.models.linear import FusedLinear
+from multilora_backend.models.moe import ExpertLinears, MoeMlp, Router
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of gated activations, and ours."""
@@ -38,15 +39,32 @@ def linears(model: nn.Module) -> list[FusedLinear]:
 
 
 def _fused_layer(layer: Any, path: str, next_norm: Any, first: bool, sites: list[LoraSite]) -> DecoderLayer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     kind = ACTIVATIONS.get(_activation(layer))
     if kind is None:
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"model: activation {_activation(layer)!r} is not supported")
     qkv = _linear(attention, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj", sites)
     o = _linear(attention, f"{path}.self_attn", ("o_proj",), "o_proj", sites)
-    gate_up = _linear(mlp, f"{path}.mlp", ("gate_proj", "up_proj"), "gate_up_proj", sites)
-    down = _linear(mlp, f"{path}.mlp", ("down_proj",), "down_proj", sites)
-    return DecoderLayer(layer, Attention(attention, qkv, o), GatedMlp(kind, gate_up, down), next_norm, first)
+    make = _moe if hasattr(layer.mlp, "experts") else _mlp
+    return DecoderLayer(
+        layer, Attention(attention, qkv, o), make(layer.mlp, f"{path}.mlp", kind, sites), next_norm, first
+    )
+
+
+def _mlp(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> GatedMlp:
+    gate_up = _linear(mlp, path, ("gate_proj", "up_proj"), "gate_up_proj", sites)
+    return GatedMlp(kind, gate_up, _linear(mlp, path, ("down_proj",), "down_proj", sites))
+
+
+def _moe(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> MoeMlp:
+    num_experts, hidden = mlp.gate.weight.shape
+    gate = nn.Linear(hidden, num_experts, bias=False, device="meta")
+    gate.weight = mlp.gate.weight
+    site = LoraSite(f"{path}.gate", gate.in_features, (f"{path}.gate",), (gate.out_features,))
+    router = Router(mlp.gate, FusedLinear(site, len(sites), [gate]))
+    sites.append(site)
+    experts = mlp.experts
+    return MoeMlp(kind, router, ExpertLinears(experts.gate_up_proj), ExpertLinears(experts.down_proj))
 
 
 def _activation(layer: Any) -> str:

@@ -98,7 +98,7 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Called by transformers' model in place of its own layer, with hidden states `(1, T, hidden)`."""
 
-    def __init__(self, module: Any, attention: Attention, mlp: GatedMlp, next_norm: Any, first: bool) -> None:
+    def __init__(self, module: Any, attention: Attention, mlp: nn.Module, next_norm: Any, first: bool) -> None:
         """`next_norm` is the norm that follows this layer: the next layer's first, or the model's last."""
         super().__init__()
         self.self_attn, self.mlp = attention, mlp

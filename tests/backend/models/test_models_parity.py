@@ -80,6 +80,16 @@ FAMILIES = {
         "attention_multiplier": 0.6,
         "logits_scaling": 1.7,
     },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "output_router_logits": True},
+    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 20, "num_experts": 7, "num_experts_per_tok": 3},
+    "qwen3_moe-normalised": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
 }
 
 
