@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.15,
         "logits_scaling": 1.7,
     },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
 }
 """Without windows and capped scores: of these FlashInfer compiles variants of their own, a minute each."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate, numel
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.state import Fingerprint
+from multilora_backend.adapters.targets import refusal, targets
 from multilora_backend.adapters.tensors import TensorInfo, read_data, read_header
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -36,7 +37,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Part:
-    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`."""
+    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`.
+
+    With experts A is `[experts * rank, in_features]`, expert after expert, and B `[out_features, rank * experts]` with
+    the experts of a rank side by side.
+    """
 
     module: str
     site: int
@@ -107,7 +112,7 @@ def read_adapter(
     digest.update(data.data)
     ranks: Counter[int] = Counter()
     for part in plan.parts:
-        ranks[part.site] += part.rank
+        ranks[part.site] += part.rank * max(sites[part.site].experts, 1)
     buffers, weights = allocate(sites, ranks, plan.rank, dtype, pin)
     for index, laid_out in enumerate(weights):
         # The usual adapter, of one rank and on every module, covers its memory: nothing is written twice.
@@ -120,7 +125,7 @@ def read_adapter(
 
 def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[LoraSite]) -> AdapterPlan:
     """Matches the config, the file's tensors and the model against each other."""
-    places = {m: (i, j) for i, site in enumerate(sites) for j, m in enumerate(site.modules)}
+    places = targets(config, sites)
     found: dict[tuple[str, str], TensorInfo] = {}
     for name, info in tensors.items():
         match = _NAME.fullmatch(name)
@@ -132,21 +137,19 @@ def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[Lo
             )
         module = match["module"]
         if module not in places:
-            raise invalid(name, f"the base model has no linear {module} that LoRA can act on")
-        if not config.targets(module):
-            raise invalid(name, f"target_modules of {CONFIG} does not name {module}")
+            raise refusal(name, module, sites)
         if info.dtype not in _DTYPES:
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: dtype {info.dtype} is not supported")
         if found.setdefault((module, match["part"]), info) is not info:
             raise invalid(name, "occurs twice, with and without the adapter's name")
     parts = []
-    for module, (i, j) in places.items():
-        if not config.targets(module):
-            continue
-        rank, site = config.rank(module), sites[i]
-        a = _expect(found, module, "A", (rank, site.in_features))
-        b = _expect(found, module, "B", (site.out_features[j], rank))
-        parts.append(Part(module, i, j, rank, config.scale(module), a, b))
+    for module, target in places.items():
+        rank, site = config.rank(target.key), sites[target.site]
+        ranks = rank * max(site.experts, 1)
+        field = "target_parameters" if site.parameter else "target_modules"
+        a = _expect(found, module, "A", (ranks, site.in_features), field)
+        b = _expect(found, module, "B", (site.out_features[target.slice], ranks), field)
+        parts.append(Part(module, target.site, target.slice, rank, config.scale(target.key), a, b))
     if not parts:
         raise invalid("target_modules", "names no linear of the base model")
     rank = max(part.rank for part in parts)
@@ -154,10 +157,12 @@ def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[Lo
     return AdapterPlan(tuple(parts), rank, sum(numel(site, rank) for site in touched))
 
 
-def _expect(found: dict[tuple[str, str], TensorInfo], module: str, part: str, shape: tuple[int, int]) -> TensorInfo:
+def _expect(
+    found: dict[tuple[str, str], TensorInfo], module: str, part: str, shape: tuple[int, int], field: str
+) -> TensorInfo:
     info = found.get((module, part))
     if info is None:
-        raise invalid(f"{module}.lora_{part}", f"is missing in {WEIGHTS}, and target_modules names the module")
+        raise invalid(f"{module}.lora_{part}", f"is missing in {WEIGHTS}, and {field} names the module")
     if info.shape != shape:
         raise invalid(
             info.name,
@@ -170,13 +175,19 @@ def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray
     """Writes one module's A and scaled B. False if their product is zero."""
     if weights is None:
         raise RuntimeError(f"no room was laid out for {part.module}")
-    first = sum(site.out_features[: part.slice])
-    row = part.slice * len(weights.b)
-    a = weights.a[row : row + part.rank]
-    b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
     source_a, source_b = _tensor(part.a, data), _tensor(part.b, data)
-    a.copy_(source_a)
-    b.copy_((source_b.float() * part.scale).T)
+    if site.experts:
+        a = weights.a.view(site.experts, -1, site.in_features)[:, : part.rank]
+        b = weights.b.view(site.experts, -1, site.width)[:, : part.rank]
+        a.copy_(source_a.view(a.shape))
+        b.copy_((source_b.float() * part.scale).view(site.width, part.rank, site.experts).permute(2, 1, 0))
+    else:
+        first = sum(site.out_features[: part.slice])
+        row = part.slice * len(weights.b)
+        a = weights.a[row : row + part.rank]
+        b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
+        a.copy_(source_a)
+        b.copy_((source_b.float() * part.scale).T)
     largest = []
     for info, source, laid_out in ((part.a, source_a, a), (part.b, source_b, b)):
         largest.append(_largest(laid_out))

@@ -50,7 +50,6 @@ REFUSED = {
     "fan_in_fan_out": "weights stored as (in, out) are not supported yet",
     "modules_to_save": "fully trained modules are not supported yet",
     "trainable_token_indices": "trained token embeddings are not supported yet",
-    "target_parameters": "LoRA on parameters that are not linears (experts) is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
     "use_qalora": "QALoRA is not supported",
@@ -62,6 +61,9 @@ REFUSED = {
     "megatron_config": "Megatron's parallel linears are not supported",
 }
 """Fields that change what the adapter computes: refused with the reason unless off (null, false or empty)."""
+
+NOT_FOR_PARAMETERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
+"""Fields that PEFT refuses together with target_parameters."""
 
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights`, besides true and false, that leave the base model's weights as they are."""
@@ -82,6 +84,8 @@ class PeftConfig:
     use_rslora: bool
     target_modules: str | tuple[str, ...]
     """A regular expression, "all-linear", or names and endings of names."""
+    target_parameters: tuple[str, ...]
+    """Names and endings of names of parameters; `exclude_modules` and the layers do not touch them."""
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[re.Pattern[str], ...]
@@ -100,15 +104,16 @@ class PeftConfig:
         if not isinstance(fields, dict):
             raise invalid("adapter_config.json", "must be one JSON object")
         _refuse(fields)
-        targets = fields.get("target_modules")
-        if targets is None:
+        targets, parameters = fields.get("target_modules"), fields.get("target_parameters") or []
+        if targets is None and not parameters:
             raise invalid("target_modules", "is required: PEFT's defaults by architecture are not applied")
         layers = fields.get("layers_to_transform")
         config = cls(
             r=_rank("r", fields.get("r", 8)),
             lora_alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
             use_rslora=_flag("use_rslora", fields.get("use_rslora", False)),
-            target_modules=_names("target_modules", targets),
+            target_modules=_names("target_modules", targets or ()),
+            target_parameters=_strings("target_parameters", parameters),
             exclude_modules=_names("exclude_modules", fields.get("exclude_modules") or ()),
             layers_to_transform=_layers([layers] if isinstance(layers, int) else layers or []),
             layers_pattern=_layer_expressions(fields.get("layers_pattern") or ()),
@@ -160,6 +165,9 @@ def _refuse(fields: dict[str, Any]) -> None:
             continue
         why = REFUSED.get(name, f"is not understood (value {_short(value)})")
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: {why}")
+    for name in NOT_FOR_PARAMETERS if fields.get("target_parameters") else ():
+        if fields.get(name):
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has no {name} with target_parameters")
     bias = fields.get("bias", "none")
     if bias != "none":
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"bias: only 'none' is supported yet, got {_short(bias)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,9 +73,11 @@ class ModelRunner:
         batch = Batch.from_plan(plan, self._page_size, self._drawn_rows)
         slots = [plan.slots[i] for i in batch.sample_slots]
         self._inputs.wait()
-        logits = self._decode(batch) if batch.one_row_each and len(slots) == batch.num_rows else None
+        graphs = not self._lora.acts_on_experts(batch)
+        decode = graphs and batch.one_row_each and len(slots) == batch.num_rows
+        logits = self._decode(batch) if decode else None
         if logits is None:
-            logits = self._prompt(batch)
+            logits = self._prompt(batch, graphs)
         if not slots:
             return Launched(plan, slots, None)
         pending = self.sampler.launch(logits[: len(slots)], [slot.sequence for slot in slots])
@@ -95,10 +97,10 @@ class ModelRunner:
         graph.replay()
         return graph.logits
 
-    def _prompt(self, batch: Batch) -> Tensor:
-        """A step of any shape, in pieces of graph if there is one for it."""
+    def _prompt(self, batch: Batch, graphs: bool) -> Tensor:
+        """A step of any shape, in pieces of graph if there is one for it and `graphs` may be used."""
         samples, graph = len(batch.sample_rows), None
-        if self.prompt_graphs is not None:
+        if graphs and self.prompt_graphs is not None:
             graph = self.prompt_graphs.find(batch.num_rows, samples, self._lora.ranks(batch))
         if graph is not None:
             batch = batch.padded(graph.rows, one_row_each=False).sampling(graph.samples)
@@ -142,6 +144,8 @@ class ModelRunner:
             steps = [LoraStep()]
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
+                if any(site.experts for site in self._model.sites):
+                    steps += [replace(step, experts=True) for step in steps[1:]]
             for step in steps:
                 logits = self._run_idle(rows, step)
         self.sampler.warm_up(logits)

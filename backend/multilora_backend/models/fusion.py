@@ -18,8 +18,8 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 """transformers' names of gated activations, and ours."""
 
 
-def fuse(model: Any) -> list[LoraSite]:
-    """Replaces every decoder layer in place; returns the sites in the order of the layers.
+def fuse(model: Any, experts: bool = True) -> list[LoraSite]:
+    """Replaces every decoder layer in place; returns the sites in the order of the layers, with or without experts.
 
     The output head and the embedding stay as they are: they may be tied.
     """
@@ -28,7 +28,7 @@ def fuse(model: Any) -> list[LoraSite]:
     layers = list(decoder.layers)
     norms = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
     for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
-        decoder.layers[index] = _fused_layer(layer, f"model.layers.{index}", next_norm, index == 0, sites)
+        decoder.layers[index] = _fused_layer(layer, f"model.layers.{index}", next_norm, index == 0, sites, experts)
     decoder.norm = nn.Identity()  # done by the last layer
     return sites
 
@@ -38,17 +38,21 @@ def linears(model: nn.Module) -> list[FusedLinear]:
     return sorted((m for m in model.modules() if isinstance(m, FusedLinear)), key=lambda m: m.index)
 
 
-def _fused_layer(layer: Any, path: str, next_norm: Any, first: bool, sites: list[LoraSite]) -> DecoderLayer:
+def _fused_layer(
+    layer: Any, path: str, next_norm: Any, first: bool, sites: list[LoraSite], experts: bool
+) -> DecoderLayer:
     attention = layer.self_attn
     kind = ACTIVATIONS.get(_activation(layer))
     if kind is None:
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"model: activation {_activation(layer)!r} is not supported")
     qkv = _linear(attention, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj", sites)
     o = _linear(attention, f"{path}.self_attn", ("o_proj",), "o_proj", sites)
-    make = _moe if hasattr(layer.mlp, "experts") else _mlp
-    return DecoderLayer(
-        layer, Attention(attention, qkv, o), make(layer.mlp, f"{path}.mlp", kind, sites), next_norm, first
-    )
+    mlp: GatedMlp | MoeMlp
+    if hasattr(layer.mlp, "experts"):
+        mlp = _moe(layer.mlp, f"{path}.mlp", kind, sites, experts)
+    else:
+        mlp = _mlp(layer.mlp, f"{path}.mlp", kind, sites)
+    return DecoderLayer(layer, Attention(attention, qkv, o), mlp, next_norm, first)
 
 
 def _mlp(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> GatedMlp:
@@ -56,15 +60,22 @@ def _mlp(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> GatedMlp:
     return GatedMlp(kind, gate_up, _linear(mlp, path, ("down_proj",), "down_proj", sites))
 
 
-def _moe(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> MoeMlp:
+def _moe(mlp: Any, path: str, kind: str, sites: list[LoraSite], experts: bool) -> MoeMlp:
     num_experts, hidden = mlp.gate.weight.shape
     gate = nn.Linear(hidden, num_experts, bias=False, device="meta")
     gate.weight = mlp.gate.weight
-    site = LoraSite(f"{path}.gate", gate.in_features, (f"{path}.gate",), (gate.out_features,))
+    module = f"{path}.gate"
+    site = LoraSite(module, hidden, (module,), (num_experts,), parameter=f"{module}.weight")
     router = Router(mlp.gate, FusedLinear(site, len(sites), [gate]))
     sites.append(site)
-    experts = mlp.experts
-    return MoeMlp(kind, router, ExpertLinears(experts.gate_up_proj), ExpertLinears(experts.down_proj))
+    linears = []
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(mlp.experts, name)
+        linears.append(ExpertLinears(weight, len(sites)))
+        if experts:
+            key, (_, width, in_features) = f"{path}.experts.{name}", weight.shape
+            sites.append(LoraSite(key, in_features, (f"{path}.experts",), (width,), key, num_experts))
+    return MoeMlp(kind, router, *linears)
 
 
 def _activation(layer: Any) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from multilora_backend.models import context
 from multilora_backend.models.linear import FusedLinear
-from multilora_kernels import gated_activation
+from multilora_kernels import Segments, gated_activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +27,10 @@ class Route:
     """int64 [P]: visit v of row t is t * top_k + v; the visit at each sorted place."""
     rows: Tensor
     """int64 [P]: the row of each sorted visit."""
-    experts: Tensor
-    """int64 [P]: its expert, ascending."""
     ends: Tensor
     """int32 [experts]: expert e has the visits from ends[e - 1] to ends[e]."""
+    segments: Segments | None
+    """Of the sorted visits, by adapter and expert; None: no adapter of the step acts on experts."""
 
     @classmethod
     def of(cls, chosen: Tensor, num_experts: int) -> Route:
@@ -38,7 +39,8 @@ class Route:
         every = torch.arange(num_experts, device=chosen.device)
         # Not bincount: that asks the device for the largest value.
         ends = torch.searchsorted(experts, every, right=True, out_int32=True)
-        return cls(order, order // chosen.shape[1], experts, ends)
+        rows = order // chosen.shape[1]
+        return cls(order, rows, ends, context.current().lora.visits(rows, experts, num_experts))
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of each row's visits: y `[P, N]` sorted, weights `[T, top_k]` -> `[T, N]`, rounded once."""
@@ -71,13 +73,18 @@ class Router(nn.Module):
 class ExpertLinears(nn.Module):
     """The same linear of every expert. W is `[experts, width, in_features]`."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, index: int) -> None:
+        """`index` is the site's place among all sites of the model; not looked at without LoRA on experts."""
         super().__init__()
         self.weight = weight
+        self.index = index
 
     def forward(self, x: Tensor, route: Route) -> Tensor:
-        """x `[P, in_features]`, a visit a row, sorted -> `[P, width]`."""
-        return grouped_linear(x, self.weight, route.ends)
+        """x `[P, in_features]`, a visit a row, sorted -> `[P, width]`, with LoRA added."""
+        y = grouped_linear(x, self.weight, route.ends)
+        if route.segments is not None:
+            context.current().lora.add_on_experts(self.index, x, y, route.segments)
+        return y
 
 
 class MoeMlp(nn.Module):

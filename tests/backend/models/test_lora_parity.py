@@ -53,10 +53,20 @@ DENSE: dict[str, dict[str, Any]] = {
     "rslora": {"target_modules": ["k_proj", "up_proj"], "use_rslora": True, "r": 9},
     "one layer": {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": 1, "r": 1},
 }
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SPARSE: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ATTENTION},
-    "patterns": {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 3}},
-    "one layer": {"target_modules": ["o_proj", "v_proj"], "layers_to_transform": 1, "r": 9},
+    "everything": {"target_modules": "all-linear"},
+    "experts": {"target_modules": [], "target_parameters": EXPERTS, "r": 9},
+    "patterns": {
+        "target_modules": ATTENTION,
+        "target_parameters": [*EXPERTS, "gate.weight"],
+        "rank_pattern": {"q_proj": 2, "experts.gate_up_proj": 3, "layers.1.mlp.experts.down_proj": 11},
+        "alpha_pattern": {"o_proj": 3, r".*\.0\..*down_proj": 20, "gate.weight": 2},
+        "use_rslora": True,
+    },
+    "down alone": {"target_modules": ["o_proj"], "target_parameters": ["down_proj"], "layers_to_transform": 1},
+    "router alone": {"target_modules": [], "target_parameters": ["model.layers.1.mlp.gate.weight"], "r": 1},
 }
 ADAPTERS = {"llama": DENSE, "granite": DENSE, "mixtral": SPARSE, "qwen3_moe": SPARSE}
 
@@ -88,9 +98,9 @@ def adapted(model: Path, folder: Path, seed: int, **lora: Any) -> Any:
 def test_mixed_adapters_give_pefts_logits(tmp_path: Path, family: str, strategy: str):
     folder = save_model(tmp_path / "model", family)
     model = load_model(Config(model=str(folder), device="cpu", block_size=PAGE))
-    attach_kv_cache(model.module, 40, PAGE, model.device)
+    attach_kv_cache(model.module, 60, PAGE, model.device)
     judges = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()]
-    pool = DevicePool(model.sites, 2**28, torch.float32, "cpu", max_ranks=128)
+    pool = DevicePool(model.sites, 2**28, torch.float32, "cpu", max_ranks=256)
     for tensor in [*pool.a, *pool.b]:
         tensor.fill_(torch.nan)  # what nobody owns may hold anything
     start = 8
@@ -102,21 +112,24 @@ def test_mixed_adapters_give_pefts_logits(tmp_path: Path, family: str, strategy:
     lora = create_strategy(strategy, linears(model.module), pool)
 
     generator = torch.Generator().manual_seed(1)
-    lengths = (17, 9, 4, 12, 11, 6)
-    tokens = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in lengths]
+    tokens = [torch.randint(0, 61, (5 + 3 * i % 17,), generator=generator).tolist() for i in range(len(judges) + 1)]
+    owners = [i % len(judges) for i in range(len(tokens))]
     with torch.inference_mode():
-        expected = [judges[i % len(judges)](input_ids=torch.tensor([t])).logits[0] for i, t in enumerate(tokens)]
+        expected = [judges[j](input_ids=torch.tensor([t])).logits[0] for j, t in zip(owners, tokens, strict=True)]
         plain = [judges[0](input_ids=torch.tensor([t])).logits[0] for t in tokens]
-    pages = [[1 + 6 * i + j for j in range(6)] for i in range(len(tokens))]
-    sequences = [sequence(i, t, pages[i], i % len(judges) - 1) for i, t in enumerate(tokens)]
-    steps = [
-        [(0, 0, 6), (1, 0, 8), (3, 0, 11)],
-        [(1, 8, 1), (0, 6, 10), (2, 0, 3), (3, 11, 1), (4, 0, 10), (5, 0, 5)],
-        [(0, 16, 1), (2, 3, 1), (4, 10, 1), (5, 5, 1)],
+    for j, own, base in zip(owners, expected, plain, strict=True):
+        assert (j == 0) == torch.equal(own, base), "every adapter matters"
+    sequences = [
+        sequence(i, t, list(range(1 + 6 * i, 7 + 6 * i)), adapter=j - 1)
+        for i, (j, t) in enumerate(zip(owners, tokens, strict=True))
     ]
-    for step in steps:
-        got = logits_of_step(model, [Slot(sequences[i], start, count, True) for i, start, count in step], lora)
-        rows = torch.cat([expected[i][start : start + count] for i, start, count in step])
+    steps: list[list[Slot]] = [[], [], [], []]
+    for i, s in enumerate(sequences):  # two chunks each, at different times, then all of them decode
+        length, cut = len(tokens[i]), len(tokens[i]) // 2
+        steps[i % 2].append(Slot(s, 0, cut, True))
+        steps[i % 2 + 1].append(Slot(s, cut, length - cut - 1, True))
+        steps[3].append(Slot(s, length - 1, 1, True))
+    for slots in steps:
+        got = logits_of_step(model, slots, lora)
+        rows = torch.cat([expected[slot.sequence.key[1]][slot.start :][: slot.count] for slot in slots])
         assert (got - rows).abs().max() <= 1e-5 * rows.abs().max()
-    for i, (own, base) in enumerate(zip(expected, plain, strict=True)):
-        assert (i % len(judges) == 0) == torch.equal(own, base), "every adapter matters"
