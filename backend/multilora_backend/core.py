@@ -219,6 +219,8 @@ class LoraSite:
     """Name of the parameter for PEFT's target_parameters; empty: the modules are linears, for its target_modules."""
     experts: int = 0
     """Linears of this shape in the one parameter, of which each row takes a few; 0: a linear that every row takes."""
+    former: tuple[str, ...] = ()
+    """Linears of each expert that transformers 4 had in the parameter's place, with `{}` for the expert's number."""
 
     @property
     def rank_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate, numel
 from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.placing import place
 from multilora_backend.adapters.state import Fingerprint
-from multilora_backend.adapters.targets import refusal, targets
+from multilora_backend.adapters.targets import current_name, refusal, targets
 from multilora_backend.adapters.tensors import TensorInfo, read_data, read_header
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -39,8 +40,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class Part:
     """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`.
 
-    With experts A is `[experts * rank, in_features]`, expert after expert, and B `[out_features, rank * experts]` with
-    the experts of a rank side by side.
+    With experts A is `[experts * rank, in_features]`, expert after expert, and B `[out_features, rank * experts]`.
     """
 
     module: str
@@ -50,6 +50,10 @@ class Part:
     scale: float
     a: TensorInfo
     b: TensorInfo
+    expert: int | None = None
+    """The one that it is for, where each has a tensor of its own; then"""
+    first: int = 0
+    """is the first of the site's ranks that it takes."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def read_adapter(
     digest.update(data.data)
     ranks: Counter[int] = Counter()
     for part in plan.parts:
-        ranks[part.site] += part.rank * max(sites[part.site].experts, 1)
+        copies = max(sites[part.site].experts, 1) if part.expert is None else 0
+        ranks[part.site] += part.rank * copies
     buffers, weights = allocate(sites, ranks, plan.rank, dtype, pin)
     for index, laid_out in enumerate(weights):
         # The usual adapter, of one rank and on every module, covers its memory: nothing is written twice.
@@ -125,17 +130,18 @@ def read_adapter(
 
 def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[LoraSite]) -> AdapterPlan:
     """Matches the config, the file's tensors and the model against each other."""
-    places = targets(config, sites)
+    matches = {name: _NAME.fullmatch(name) for name in tensors}
+    places = targets(config, sites, {current_name(match["module"]) for match in matches.values() if match})
     found: dict[tuple[str, str], TensorInfo] = {}
     for name, info in tensors.items():
-        match = _NAME.fullmatch(name)
+        match = matches[name]
         if match is None:
             raise MultiloraError(
                 ErrorCode.UNSUPPORTED,
                 f"{name}: is no lora_A or lora_B weight of a linear; embeddings, biases, magnitudes and full weights "
                 "are not supported yet",
             )
-        module = match["module"]
+        module = current_name(match["module"])
         if module not in places:
             raise refusal(name, module, sites)
         if info.dtype not in _DTYPES:
@@ -143,16 +149,24 @@ def _plan(config: PeftConfig, tensors: dict[str, TensorInfo], sites: Sequence[Lo
         if found.setdefault((module, match["part"]), info) is not info:
             raise invalid(name, "occurs twice, with and without the adapter's name")
     parts = []
+    taken: Counter[tuple[int, int]] = Counter()
     for module, target in places.items():
         rank, site = config.rank(target.key), sites[target.site]
-        ranks = rank * max(site.experts, 1)
-        field = "target_parameters" if site.parameter else "target_modules"
+        ranks, width, field = rank, site.out_features[0], "target_modules"
+        if target.expert is not None:
+            width //= len(site.former)
+        elif site.parameter:
+            ranks, field = rank * max(site.experts, 1), "target_parameters"
+        else:
+            width = site.out_features[target.slice]
         a = _expect(found, module, "A", (ranks, site.in_features), field)
-        b = _expect(found, module, "B", (site.out_features[target.slice], ranks), field)
-        parts.append(Part(module, target.site, target.slice, rank, config.scale(target.key), a, b))
+        b = _expect(found, module, "B", (width, ranks), field)
+        scale, own = config.scale(target.key), (target.site, -1 if target.expert is None else target.expert)
+        parts.append(Part(module, target.site, target.slice, rank, scale, a, b, target.expert, taken[own]))
+        taken[own] += rank if target.expert is not None else 0
     if not parts:
         raise invalid("target_modules", "names no linear of the base model")
-    rank = max(part.rank for part in parts)
+    rank = max(part.first + part.rank for part in parts)
     touched = [sites[i] for i in {part.site for part in parts}]
     return AdapterPlan(tuple(parts), rank, sum(numel(site, rank) for site in touched))
 
@@ -176,18 +190,7 @@ def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray
     if weights is None:
         raise RuntimeError(f"no room was laid out for {part.module}")
     source_a, source_b = _tensor(part.a, data), _tensor(part.b, data)
-    if site.experts:
-        a = weights.a.view(site.experts, -1, site.in_features)[:, : part.rank]
-        b = weights.b.view(site.experts, -1, site.width)[:, : part.rank]
-        a.copy_(source_a.view(a.shape))
-        b.copy_((source_b.float() * part.scale).view(site.width, part.rank, site.experts).permute(2, 1, 0))
-    else:
-        first = sum(site.out_features[: part.slice])
-        row = part.slice * len(weights.b)
-        a = weights.a[row : row + part.rank]
-        b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
-        a.copy_(source_a)
-        b.copy_((source_b.float() * part.scale).T)
+    a, b = place(weights, part, site, source_a, source_b)
     largest = []
     for info, source, laid_out in ((part.a, source_a, a), (part.b, source_b, b)):
         largest.append(_largest(laid_out))

@@ -18,6 +18,13 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 """transformers' names of gated activations, and ours."""
 
 
+FORMER = {
+    "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+    "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+}
+"""Parameters of experts, and the linears that each expert had in transformers 4 instead."""
+
+
 def fuse(model: Any, experts: bool = True) -> list[LoraSite]:
     """Replaces every decoder layer in place; returns the sites in the order of the layers, with or without experts.
 
@@ -49,7 +56,7 @@ def _fused_layer(
     o = _linear(attention, f"{path}.self_attn", ("o_proj",), "o_proj", sites)
     mlp: GatedMlp | MoeMlp
     if hasattr(layer.mlp, "experts"):
-        mlp = _moe(layer.mlp, f"{path}.mlp", kind, sites, experts)
+        mlp = _moe(layer.mlp, f"{path}.mlp", kind, sites, experts, attention.config.model_type)
     else:
         mlp = _mlp(layer.mlp, f"{path}.mlp", kind, sites)
     return DecoderLayer(layer, Attention(attention, qkv, o), mlp, next_norm, first)
@@ -60,21 +67,22 @@ def _mlp(mlp: Any, path: str, kind: str, sites: list[LoraSite]) -> GatedMlp:
     return GatedMlp(kind, gate_up, _linear(mlp, path, ("down_proj",), "down_proj", sites))
 
 
-def _moe(mlp: Any, path: str, kind: str, sites: list[LoraSite], experts: bool) -> MoeMlp:
+def _moe(mlp: Any, path: str, kind: str, sites: list[LoraSite], experts: bool, model_type: str) -> MoeMlp:
     num_experts, hidden = mlp.gate.weight.shape
     gate = nn.Linear(hidden, num_experts, bias=False, device="meta")
     gate.weight = mlp.gate.weight
     module = f"{path}.gate"
-    site = LoraSite(module, hidden, (module,), (num_experts,), parameter=f"{module}.weight")
+    site = LoraSite(module, hidden, (module,), (num_experts,), f"{module}.weight")
     router = Router(mlp.gate, FusedLinear(site, len(sites), [gate]))
     sites.append(site)
     linears = []
-    for name in ("gate_up_proj", "down_proj"):
+    for name, own in FORMER[model_type].items():
         weight = getattr(mlp.experts, name)
         linears.append(ExpertLinears(weight, len(sites)))
         if experts:
             key, (_, width, in_features) = f"{path}.experts.{name}", weight.shape
-            sites.append(LoraSite(key, in_features, (f"{path}.experts",), (width,), key, num_experts))
+            were = tuple(f"{path}.experts.{{}}.{part}" for part in own)
+            sites.append(LoraSite(key, in_features, (f"{path}.experts",), (width,), key, num_experts, were))
     return MoeMlp(kind, router, *linears)
 
 

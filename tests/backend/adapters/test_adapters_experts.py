@@ -11,29 +11,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from expert_adapters import EXPERTS, HIDDEN, LAYERS, MIDDLE, check_deltas, deltas_of, model, refused, sites_of
 from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import LoraSite
-from multilora_backend.errors import MultiloraError
-from multilora_backend.models.fusion import fuse
 
-EXPERTS, HIDDEN, MIDDLE, LAYERS = 5, 24, 12, 2
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-def model() -> Any:
-    settings = {"vocab_size": 31, "hidden_size": HIDDEN, "intermediate_size": MIDDLE, "num_hidden_layers": LAYERS}
-    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": EXPERTS}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings, **more))
 
 
 @pytest.fixture(scope="module")
 def sites() -> list[LoraSite]:
-    with torch.device("meta"):
-        return fuse(model())
+    return sites_of()
 
 
 @pytest.fixture
@@ -47,12 +37,7 @@ def save(tmp_path: Path):
             if "lora_" in name:
                 parameter.data.normal_()
         adapted.save_pretrained(tmp_path)
-        deltas = {}
-        for name, module in adapted.base_model.model.named_modules():
-            if isinstance(module, peft.tuners.lora.layer.ParamWrapper):
-                key = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-                deltas[key] = module.get_delta_weight("default").detach()
-        return tmp_path, deltas
+        return tmp_path, deltas_of(adapted)
 
     return save
 
@@ -86,24 +71,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_deltas_equal_pefts(form: str, save, sites: list[LoraSite]):
-    folder, expected = save(**FORMS[form])
-    assert expected
-    weights = read_adapter(folder, sites, torch.float32)
-    size = padded(weights.rank)
-    for site, ours in zip(sites, weights.sites, strict=True):
-        if not site.parameter:
-            continue
-        assert (ours is None) == (site.parameter not in expected)
-        if ours is None:
-            continue
-        copies = max(site.experts, 1)
-        a, b = ours.a.view(copies, size, site.in_features), ours.b.view(copies, size, site.width)
-        assert not a[:, weights.rank :].any()
-        assert not b[:, weights.rank :].any()
-        delta = expected[site.parameter].view(copies, site.width, site.in_features)
-        # A rank-long sum in another order.
-        bound = torch.finfo(torch.float32).eps * (weights.rank + 2) * (b.abs().mT @ a.abs())
-        assert ((b.mT @ a - delta).abs() <= bound).all(), site.key
+    check_deltas(*save(**FORMS[form]), sites)
 
 
 def test_a_router_of_transformers_4_is_named_as_a_module(save, sites: list[LoraSite]):
@@ -143,13 +111,6 @@ def test_the_plan_counts_all_experts(save, sites: list[LoraSite]):
     assert plan.numel == LAYERS * EXPERTS * padded(3) * per_rank
 
 
-def refused(folder: Path, sites: list[LoraSite], match: str) -> None:
-    with pytest.raises(MultiloraError, match=match):
-        read_adapter(folder, sites, torch.float32)
-    with pytest.raises(MultiloraError, match=match):
-        check_adapter(folder, sites)
-
-
 @pytest.mark.parametrize("field", ["lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"])
 def test_fields_that_peft_does_not_have_for_parameters(field: str, save, sites: list[LoraSite]):
     folder, _ = save(**FORMS["both"])
@@ -164,7 +125,7 @@ PREFIX = "base_model.model.model.layers.0.mlp."
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({f"{PREFIX}experts.0.w1.lora_A.weight": (3, HIDDEN)}, "experts.0.w1.lora_A.* of one expert's own linear"),
+        ({f"{PREFIX}experts.0.w1.lora_A.weight": (3, HIDDEN)}, "experts.0.w1.lora_A.*target_modules .* does not name"),
         ({f"{PREFIX}gate.lora_A.weight": (3, HIDDEN)}, "gate.lora_A.*target_parameters .* does not name"),
         ({f"{PREFIX}experts.base_layer.base_layer.lora_A.weight": (3, HIDDEN)}, "target_parameters .* does not name"),
         ({f"{PREFIX}experts.lora_A.weight": None}, "mlp.experts.lora_A: is missing .* target_parameters"),
@@ -185,6 +146,4 @@ def test_tensors_that_do_not_fit(change: dict[str, Any], match: str, save, sites
 
 def test_what_the_model_does_not_have(save):
     folder, _ = save(**FORMS["both"])
-    with torch.device("meta"):
-        without = fuse(model(), experts=False)
-    refused(folder, without, "^target_parameters: 'experts.*lora_experts")
+    refused(folder, sites_of(experts=False), "^target_parameters: 'experts.*lora_experts")
