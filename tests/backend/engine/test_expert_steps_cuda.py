@@ -14,6 +14,7 @@ import gpu_driver
 import gpu_models
 from gpu_driver import Driver
 from gpu_models import CUDA, DEVICES, TIMEOUT_S, Judge, check_logits
+from multilora_backend.adapters.ranks import padded
 from multilora_backend.models import moe
 from multilora_backend.models.lora import Grouped
 
@@ -77,6 +78,23 @@ def test_graphs_hold_all_but_adapters_on_experts(folder: Path, device: str, monk
     submit(driver, list(ON_EXPERTS))
     assert not driver.replayed
     assert not driver.prompts_replayed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_in_one_adapter_stays_in_its_rows(folder: Path, device: str):
+    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(ADAPTERS)
+    lease = driver.engine.adapters.lease("everything")
+    pool = driver.engine.adapters.pool
+    start, stop = lease.rank_start, lease.rank_start + padded(lease.rank)
+    for tensor in [*pool.a, *pool.b]:
+        per_rank = len(tensor) // pool.num_ranks
+        tensor[start * per_rank : stop * per_rank] = torch.nan
+    driver.engine.adapters.release(lease)
+    submit(driver, ["", *ADAPTERS], count=10)
+    own = [request for request in driver.requests.values() if request.adapter == "everything"]
+    assert all(request.logits.isnan().all() for request in own)
+    others = [request for request in driver.requests.values() if request.adapter != "everything"]
+    check_logits(others, Judge(folder / "model", folder / "adapters", device))
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
