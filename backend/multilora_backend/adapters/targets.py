@@ -32,10 +32,7 @@ def targets(config: PeftConfig, sites: Sequence[LoraSite], modules: Collection[s
 
     Raises MultiloraError if target_parameters names what is not there, and for what PEFT itself would convert wrong.
     """
-    for target in config.target_parameters:
-        if not any(_ends(site.parameter, target) for site in sites):
-            why = "names no parameter of the base model that LoRA can act on (on experts with lora_experts only)"
-            raise invalid("target_parameters", f"{target!r} {why}")
+    check_parameters(config, sites)
     former = any(_ONE_EXPERT.fullmatch(module) for module in modules)
     found: dict[str, Target] = {}
     wrappers: Counter[str] = Counter()
@@ -51,6 +48,14 @@ def targets(config: PeftConfig, sites: Sequence[LoraSite], modules: Collection[s
     if former:
         _check_former(config, found, sites)
     return dict(reversed(found.items()))
+
+
+def check_parameters(config: PeftConfig, sites: Sequence[LoraSite]) -> None:
+    """Raises MultiloraError if target_parameters names what is not there."""
+    for target in config.target_parameters:
+        if not any(_ends(site.parameter, target) for site in sites):
+            why = "names no parameter of the base model that LoRA can act on (on experts with lora_experts only)"
+            raise invalid("target_parameters", f"{target!r} {why}")
 
 
 def _check_former(config: PeftConfig, found: Mapping[str, Target], sites: Sequence[LoraSite]) -> None:

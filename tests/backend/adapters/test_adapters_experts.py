@@ -127,7 +127,7 @@ PREFIX = "base_model.model.model.layers.0.mlp."
     [
         ({f"{PREFIX}experts.0.w1.lora_A.weight": (3, HIDDEN)}, "experts.0.w1.lora_A.*target_modules .* does not name"),
         ({f"{PREFIX}gate.lora_A.weight": (3, HIDDEN)}, "gate.lora_A.*target_parameters .* does not name"),
-        ({f"{PREFIX}experts.base_layer.base_layer.lora_A.weight": (3, HIDDEN)}, "target_parameters .* does not name"),
+        ({f"{PREFIX}experts.base_layer.base_layer.lora_A.weight": (3, HIDDEN)}, "experts.base_layer.base_layer"),
         ({f"{PREFIX}experts.lora_A.weight": None}, "mlp.experts.lora_A: is missing .* target_parameters"),
         ({f"{PREFIX}experts.lora_B.weight": (HIDDEN, 3)}, r"experts.lora_B.weight: has shape \[24, 3\].*\[24, 15\]"),
     ],
