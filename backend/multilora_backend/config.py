@@ -99,6 +99,8 @@ class Config:
     `adapters`, or the file's name with `.state.json` beside it. Each server needs its own."""
     adapter_max_bytes: int = 8 * 2**30
     """Adapters with larger files are refused, before they are downloaded where their size is told."""
+    lora_experts: bool = True
+    """Mixtures of experts: keep room for LoRA on experts. Without, adapters of attention alone take far less."""
     lora_strategy: Literal["auto", "reference", "grouped", "bordered"] = "auto"
     """auto: grouped on the CPU; on CUDA bordered: A rides in the base GEMM, in prompts for few ranks only."""
     admin_token: str = ""

@@ -217,10 +217,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class LoraSite:
-    """One linear of the running model that LoRA may act on; q/k/v and gate/up are one site of several slices.
+    """Weights of the running model that LoRA may act on: q/k/v and gate/up are one site of several slices.
 
     An adapter's A is one block of `slices * padded(rank)` rows of in_features, slice after slice, and its B
-    `[padded(rank), sum(out_features)]`, already multiplied by the scale; rows beyond its rank are zero.
+    `[padded(rank), sum(out_features)]`, already multiplied by the scale; rows beyond its rank are zero. With experts,
+    both have as many such blocks, one expert after the other.
     """
 
     key: str
@@ -230,6 +231,18 @@ class LoraSite:
     """Names of the slices' modules in the unfused transformers model, as PEFT's tensor names have them."""
     out_features: tuple[int, ...]
     """Width of each slice, same order as `modules`."""
+    parameter: str = ""
+    """Name of the parameter for PEFT's target_parameters; empty: the modules are linears, for its target_modules."""
+    experts: int = 0
+    """Linears of this shape in the one parameter, of which each row takes a few; 0: a linear that every row takes."""
+    former: tuple[str, ...] = ()
+    """Linears of each expert that transformers 4 had in the parameter's place, with `{}` for the expert's number."""
+
+    @property
+    def rank_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What one rank takes of A and of B, each as (rows, columns)."""
+        copies = max(self.experts, 1)
+        return (copies * len(self.modules), self.in_features), (copies, self.width)
 
     @property
     def width(self) -> int:

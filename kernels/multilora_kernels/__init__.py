@@ -15,6 +15,7 @@ from multilora_kernels.grouped_expand import grouped_expand, grouped_expand_refe
 from multilora_kernels.grouped_shrink import grouped_shrink, grouped_shrink_reference
 from multilora_kernels.rmsnorm import add_rmsnorm, add_rmsnorm_reference
 from multilora_kernels.rope import rope_write, rope_write_reference
+from multilora_kernels.routed import routed_segments, routed_segments_reference
 from multilora_kernels.row_affine import Affine, row_affine, row_affine_reference
 from multilora_kernels.segments import (
     NO_ADAPTER,
@@ -51,6 +52,8 @@ __all__ = [
     "rank_block_for",
     "rope_write",
     "rope_write_reference",
+    "routed_segments",
+    "routed_segments_reference",
     "row_affine",
     "row_affine_reference",
 ]

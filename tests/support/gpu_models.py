@@ -41,6 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"query_pre_attn_scalar": 50, "layer_types": ["full_attention", "full_attention"]},
     "phi3": {"sliding_window": None, "pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.15,
+        "logits_scaling": 1.7,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
 }
 """Without windows and capped scores: of these FlashInfer compiles variants of their own, a minute each."""
 

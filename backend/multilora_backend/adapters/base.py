@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,8 +31,8 @@ class BaseLinear(Protocol):
 class BaseModel:
     """Weights may be on the meta device where adapters are only checked."""
 
-    linears: Sequence[BaseLinear]
-    """One for each site, in their order."""
+    linears: Mapping[int, BaseLinear]
+    """By the site's index; experts have none."""
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     """Weight [width] of each norm, by the module's name in transformers' model."""
     embedding: Tensor | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from multilora_backend.adapters.targets import current_name
 from multilora_backend.adapters.tensors import DTYPES, TensorInfo
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -25,7 +26,8 @@ _NAME = re.compile(
     r"|(?P<weight>weight))"
 )
 
-LINEAR = frozenset({"A", "B", "lora_bias", "magnitude", "bias"})
+LORA = frozenset({"A", "B"})
+LINEAR = LORA | {"lora_bias", "magnitude", "bias"}
 NORM = frozenset({"weight"})
 TABLE = frozenset({"magnitude", "rows", "base_weight", "original", "copy", "weight"})
 EMBEDDING_KINDS = TABLE | {"embedding_A", "embedding_B"}
@@ -54,7 +56,7 @@ class Found:
             match = _NAME.fullmatch(name)
             if match is None:
                 raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is no tensor that a LoRA adapter has")
-            module, kind = match["module"], str(match.lastgroup)
+            module, kind = current_name(match["module"]), str(match.lastgroup)
             allowed = kinds(module)
             if not allowed:
                 raise invalid(name, f"the base model has no {module} that an adapter can act on")
@@ -68,6 +70,11 @@ class Found:
                 raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: dtype {info.dtype} is not supported")
             if self._found.setdefault((module, kind), info) is not info:
                 raise invalid(name, "occurs twice, with and without the adapter's name")
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """That have a tensor."""
+        return frozenset(module for module, _ in self._found)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         """(module, kind), tensor."""

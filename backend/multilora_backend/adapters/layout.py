@@ -31,9 +31,9 @@ class SiteWeights:
     """The rows of one adapter in one site, zero beyond a module's own rank and where a slice has no LoRA."""
 
     a: Tensor
-    """[slices * padded(rank), in_features], slice-major."""
+    """[slices * padded(rank), in_features], slice-major; with experts as many of those, expert after expert."""
     b: Tensor
-    """[padded(rank), width], multiplied by the scale."""
+    """[padded(rank), width], multiplied by the scale; with experts as `a`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class AdapterWeights:
 
 def rank_numel(site: LoraSite) -> int:
     """Elements of one rank in one site."""
-    return len(site.modules) * site.in_features + site.width
+    return sum(rows * columns for rows, columns in site.rank_shapes)
 
 
 def numel(site: LoraSite, rank: int) -> int:
@@ -112,11 +112,9 @@ def reserve(nbytes: int) -> None:
 
 def _shapes(sites: Sequence[LoraSite], touched: Collection[int], rank: int) -> list[tuple[int, int, int]]:
     """(height, width, elements) of a, then of b, of each touched site."""
-    rows, shapes = padded(rank), []
-    for index, site in enumerate(sites):
-        if index in touched:
-            shapes += [(rows * len(site.modules), site.in_features), (rows, site.width)]
-    return [(height, width, height * width) for height, width in shapes]
+    shapes = [shape for index, site in enumerate(sites) if index in touched for shape in site.rank_shapes]
+    ranks = padded(rank)
+    return [(ranks * rows, columns, ranks * rows * columns) for rows, columns in shapes]
 
 
 def _group(sizes: list[int], limit: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, alloc
 from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
+from multilora_backend.adapters.placing import place
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.adapters.tensors import Header, parse_header, read_data, read_header, tensor_of
 from multilora_backend.adapters.vocabulary_fill import fill_table
@@ -91,7 +92,8 @@ def read_adapter(
     version = hashlib.sha256(text + content.digest()).hexdigest()[:VERSION_DIGITS]
     ranks: Counter[int] = Counter()
     for part in plan.parts:
-        ranks[part.site] += part.rank
+        copies = max(sites[part.site].experts, 1) if part.expert is None else 0
+        ranks[part.site] += part.rank * copies
     buffers, weights = allocate(sites, ranks, plan.rank, dtype, pin)
     for index, laid_out in enumerate(weights):
         # The usual adapter, of one rank and on every module, covers its memory: nothing is written twice.
@@ -125,11 +127,8 @@ def _fill(weights: SiteWeights | None, part: Part, site: LoraSite, data: NDArray
     """Writes one module's A and scaled B. False if their product is zero."""
     if weights is None:
         raise RuntimeError(f"no room was laid out for {part.module}")
-    first = sum(site.out_features[: part.slice])
-    row = part.slice * len(weights.b)
-    a = weights.a[row : row + part.rank]
-    b = weights.b[: part.rank, first : first + site.out_features[part.slice]]
-    effects = [put(a, part.a, tensor_of(part.a, data)), put(b.T, part.b, tensor_of(part.b, data), part.scale)]
+    a, b = place(weights, part, site, tensor_of(part.a, data), tensor_of(part.b, data))
+    effects = [put(a.target, part.a, a.source), put(b.target, part.b, b.source, part.scale)]
     return all(effects)
 
 

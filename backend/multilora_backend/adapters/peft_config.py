@@ -46,7 +46,6 @@ HARMLESS = frozenset(
 )
 
 REFUSED = {
-    "target_parameters": "LoRA on parameters that are not linears (experts) is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
     "use_qalora": "QALoRA is not supported",
@@ -58,6 +57,9 @@ REFUSED = {
     "megatron_config": "Megatron's parallel linears are not supported",
 }
 """Fields that change what the adapter computes: refused with the reason unless off (null, false or empty)."""
+
+NOT_FOR_PARAMETERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
+"""Fields that PEFT refuses together with target_parameters."""
 
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights`, besides true and false, that leave the base model's weights as they are."""
@@ -81,6 +83,8 @@ class PeftConfig:
     use_rslora: bool
     target_modules: str | tuple[str, ...]
     """A regular expression, "all-linear", or names and endings of names."""
+    target_parameters: tuple[str, ...]
+    """Names and endings of names of parameters; `exclude_modules` and the layers do not touch them."""
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[re.Pattern[str], ...]
@@ -111,15 +115,16 @@ class PeftConfig:
         if not isinstance(fields, dict):
             raise invalid("adapter_config.json", "must be one JSON object")
         _refuse(fields)
-        targets = fields.get("target_modules")
-        if targets is None:
+        targets, parameters = fields.get("target_modules"), fields.get("target_parameters") or []
+        if targets is None and not parameters:
             raise invalid("target_modules", "is required: PEFT's defaults by architecture are not applied")
         layers = fields.get("layers_to_transform")
         config = cls(
             r=checks.rank("r", fields.get("r", 8)),
             lora_alpha=checks.alpha("lora_alpha", fields.get("lora_alpha", 8)),
             use_rslora=checks.flag("use_rslora", fields.get("use_rslora", False)),
-            target_modules=checks.names("target_modules", targets),
+            target_modules=checks.names("target_modules", targets or ()),
+            target_parameters=checks.strings("target_parameters", parameters),
             exclude_modules=checks.names("exclude_modules", fields.get("exclude_modules") or ()),
             layers_to_transform=checks.layers([layers] if isinstance(layers, int) else layers or []),
             layers_pattern=checks.layer_expressions(fields.get("layers_pattern") or ()),
@@ -188,6 +193,9 @@ def _refuse(fields: dict[str, Any]) -> None:
             continue
         why = REFUSED.get(name, f"is not understood (value {checks.short(value)})")
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: {why}")
+    for name in NOT_FOR_PARAMETERS if fields.get("target_parameters") else ():
+        if fields.get(name):
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has no {name} with target_parameters")
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise MultiloraError(

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from multilora_backend.adapters.affine import AffinePart
 from multilora_backend.adapters.base import EMBEDDING, HEAD, BaseModel
 from multilora_backend.adapters.extras import ExtraSpec, affine_spec, size_of
-from multilora_backend.adapters.found import EMBEDDING_KINDS, HEAD_KINDS, LINEAR, NORM, Found
+from multilora_backend.adapters.found import EMBEDDING_KINDS, HEAD_KINDS, LINEAR, LORA, NORM, Found
 from multilora_backend.adapters.layout import numel
 from multilora_backend.adapters.norms import NormPart, plan_norms
 from multilora_backend.adapters.peft_config import PeftConfig
+from multilora_backend.adapters.targets import Target, check_parameters, parameter_modules, refusal, targets
 from multilora_backend.adapters.tensors import TensorInfo
 from multilora_backend.adapters.vocabulary import TablePart, plan_tables
 from multilora_backend.core import LoraSite
@@ -21,7 +23,10 @@ from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 @dataclass(frozen=True)
 class Part:
-    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`."""
+    """LoRA on one module: slice `slice` of site `site`. A is `[rank, in_features]`, B `[out_features, rank]`.
+
+    With experts A is `[experts * rank, in_features]`, expert after expert, and B `[out_features, rank * experts]`.
+    """
 
     module: str
     site: int
@@ -30,6 +35,10 @@ class Part:
     scale: float
     a: TensorInfo
     b: TensorInfo
+    expert: int | None = None
+    """The one that it is for, where each has a tensor of its own; then"""
+    first: int = 0
+    """is the first of the site's ranks that it takes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def plan_adapter(
 
     `base` None: the weights of the base model are not known, so what depends on them is refused.
     """
-    places = {m: (i, j) for i, site in enumerate(sites) for j, m in enumerate(site.modules)}
+    places = {m: (i, j) for i, site in enumerate(sites) if not site.parameter for j, m in enumerate(site.modules)}
     for module in places:
         if config.saves(module):
             raise MultiloraError(
@@ -76,18 +85,21 @@ def plan_adapter(
     for field in ("modules_to_save", "trainable_token_indices"):
         if base is None and getattr(config, field):
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{field}: needs the base model, which is not loaded")
-    kinds = _kinds(places, base)
-    found = Found(tensors, lambda module: kinds.get(module, frozenset()))
+    check_parameters(config, sites)
+    with_lora = {*places, *parameter_modules(sites)}
+    kinds = _kinds(places, with_lora, base)
+    found = Found(tensors, lambda module: kinds.get(_plain(module), frozenset()))
+    own = targets(config, sites, found.modules)
     for (module, kind), info in found:
-        if kind in ("A", "B", "lora_bias", "magnitude") and module in places and not config.targets(module):
-            raise invalid(info.name, f"target_modules of adapter_config.json does not name {module}")
-    parts = _lora_parts(config, found, sites, places)
+        if kind in LINEAR - {"bias"} and module not in own and _plain(module) in with_lora:
+            raise refusal(info.name, module, sites)
+    parts = _lora_parts(config, found, sites, own)
     affine = _affine_parts(config, found, parts, sites, places, base)
     norms = () if base is None else plan_norms(config, found, base)
     tables = () if base is None else plan_tables(config, found, base)
     if not parts and not any(table.has_lora for table in tables):
         raise invalid("target_modules", "names no linear of the base model, nor its embedding")
-    rank = max((part.rank for part in parts), default=1)
+    rank = max((part.first + part.rank for part in parts), default=1)
     touched = [sites[i] for i in {part.site for part in parts}]
     extras = [affine_spec(sites[i]) for i in sorted({part.site for part in affine})]
     extras += [norm.spec for norm in norms] + [spec for table in tables for spec in table.specs]
@@ -95,9 +107,14 @@ def plan_adapter(
     return AdapterPlan(tuple(parts), rank, size, tuple(affine), norms, tables, tuple(extras))
 
 
-def _kinds(places: Mapping[str, tuple[int, int]], base: BaseModel | None) -> dict[str, frozenset[str]]:
+def _plain(module: str) -> str:
+    """Without what PEFT wraps around it."""
+    return module.replace(".base_layer", "")
+
+
+def _kinds(linears: Iterable[str], with_lora: Iterable[str], base: BaseModel | None) -> dict[str, frozenset[str]]:
     """What each module may have in the file."""
-    kinds = dict.fromkeys(places, LINEAR)
+    kinds = dict.fromkeys(with_lora, LORA) | dict.fromkeys(linears, LINEAR)
     if base is not None:
         kinds |= dict.fromkeys(base.norms, NORM)
         if base.embedding is not None and base.head is not None:
@@ -105,16 +122,24 @@ def _kinds(places: Mapping[str, tuple[int, int]], base: BaseModel | None) -> dic
     return kinds
 
 
-def _lora_parts(
-    config: PeftConfig, found: Found, sites: Sequence[LoraSite], places: Mapping[str, tuple[int, int]]
-) -> list[Part]:
+def _lora_parts(config: PeftConfig, found: Found, sites: Sequence[LoraSite], own: Mapping[str, Target]) -> list[Part]:
     parts = []
-    for module, (i, j) in places.items():
-        if config.targets(module):
-            rank, site = config.rank(module), sites[i]
-            a = found.expect(module, "A", (rank, site.in_features), "target_modules")
-            b = found.expect(module, "B", (site.out_features[j], rank), "target_modules")
-            parts.append(Part(module, i, j, rank, config.scale(module), a, b))
+    taken: Counter[tuple[int, int]] = Counter()
+    for module, target in own.items():
+        rank, site = config.rank(target.key), sites[target.site]
+        ranks, width, field = rank, site.out_features[target.slice if not site.experts else 0], "target_modules"
+        if target.expert is not None:
+            width //= len(site.former)
+        elif site.parameter:
+            ranks, field = rank * max(site.experts, 1), "target_parameters"
+        if site.parameter and (config.use_dora or config.lora_bias):
+            name = "use_dora" if config.use_dora else "lora_bias"
+            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has none on experts and routers ({module})")
+        a = found.expect(module, "A", (ranks, site.in_features), field)
+        b = found.expect(module, "B", (width, ranks), field)
+        scale, place = config.scale(target.key), (target.site, -1 if target.expert is None else target.expert)
+        parts.append(Part(module, target.site, target.slice, rank, scale, a, b, target.expert, taken[place]))
+        taken[place] += rank if target.expert is not None else 0
     return parts
 
 

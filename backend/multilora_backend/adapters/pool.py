@@ -72,8 +72,9 @@ class DevicePool:
 
     a[site] is `[num_ranks * slices, in_features]`, b[site] `[num_ranks, width]`. The adapter in slot s owns ranks
     rank_start[s] to rank_start[s] + padded(rank[s]) of every site, in a as one block that is slice-major inside:
-    row (i, j) of its slice i and rank j is rank_start * slices + i * padded(rank) + j. A free slot has rank 0. All
-    memory is initialised, and ranks beyond an adapter's own are zero up to the end of its block.
+    row (i, j) of its slice i and rank j is rank_start * slices + i * padded(rank) + j. A site with experts has them in
+    the place of slices, in b as well. A free slot has rank 0. All memory is initialised, and ranks beyond an adapter's
+    own are zero up to the end of its block.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class DevicePool:
         cuda = self.device.type == "cuda" and bool(sites)
         self.size = PoolSize.within(budget_bytes, sites, dtype, cuda, max_ranks)
         self.bytes_per_rank, self.num_ranks = self.size.bytes_per_rank, self.size.num_ranks
-        widths = [width for site in sites for width in (len(site.modules) * site.in_features, site.width)]
+        widths = [rows * columns for site in sites for rows, columns in site.rank_shapes]
         # One allocation: torch rounds each large one up to 2 MiB, which over 256 tensors would exceed the budget.
         memory = torch.zeros(self.num_ranks * sum(widths), dtype=dtype, device=self.device)
         self._flat = memory.split([self.num_ranks * width for width in widths])
@@ -104,6 +105,9 @@ class DevicePool:
         self.generation = np.zeros(self.num_slots, dtype=np.int64)
         """Another number for each write, so that copies of what a slot held can be told from what it holds."""
         self.extras = ExtrasPool(extra_keys, extras_bytes, self.num_slots, self.device)
+        self.on_experts = np.zeros(self.num_slots, dtype=bool)
+        """Whether the adapter acts on experts."""
+        self._expert_sites = [index for index, site in enumerate(sites) if site.experts]
         self._writes = 0
         self._stream = torch.cuda.Stream(self.device) if cuda else None
         self._staging = torch.empty(self.size.staging_bytes // dtype.itemsize, dtype=dtype, device=self.device)
@@ -146,6 +150,7 @@ class DevicePool:
         self._writes += 1
         self.rank_start[slot] = rank_start
         self.rank[slot] = weights.rank
+        self.on_experts[slot] = any(weights.sites[index] is not None for index in self._expert_sites)
         self.generation[slot] = self._writes
         return Transfer(weights, event)
 

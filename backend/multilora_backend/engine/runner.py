@@ -24,6 +24,7 @@ from multilora_backend.models.flashinfer_attention import FlashInferAttention, c
 from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.loader import LoadedModel, attention_modules
 from multilora_backend.models.lora import Grouped, LoraStep, LoraStrategy, Reference
+from multilora_backend.models.moe import capturable
 from multilora_kernels import max_tiles
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ModelRunner:
         batch = Batch.from_plan(plan, self._page_size, self._drawn_rows)
         slots = [plan.slots[i] for i in batch.sample_slots]
         self._inputs.wait()
-        graphs = not self._lora.extras.act_on(batch)
+        graphs = not (self._lora.extras.act_on(batch) or self._lora.acts_on_experts(batch))
         decode = graphs and batch.one_row_each and len(slots) == batch.num_rows
         logits = self._decode(batch) if decode else None
         if logits is None:
@@ -161,6 +162,8 @@ class ModelRunner:
                 everything = self._lora.extras.everything()
                 if everything is not None:
                     steps += [replace(step, extras=everything) for step in steps[1:]]
+                if any(site.experts for site in self._model.sites):
+                    steps += [replace(step, experts=True) for step in steps[1:]]
             for step in steps:
                 logits = self._run_idle(rows, step)
         self.sampler.warm_up(logits)
@@ -175,12 +178,16 @@ class ModelRunner:
     def capture(self, max_rows: int, max_slots: int, budget_bytes: int) -> None:
         """Captures decode steps, then steps with prompts, within the budget.
 
-        Does nothing without FlashInfer, and for the reference of LoRA, which reads its plan on the host.
+        Does nothing without FlashInfer, for the reference of LoRA, which reads its plan on the host, and for experts
+        that torch can only loop over.
         """
         attention = self._attention
         if not isinstance(attention, FlashInferAttention) or isinstance(self._lora, Reference):
             return
         model, inputs, page_size = self._model, self._inputs, self._page_size
+        if not capturable(model.module):
+            log.warning("no CUDA graphs: torch has no grouped GEMM for experts of %s on this device", model.dtype)
+            return
         shape = (max_slots, model.config.vocab_size)
         logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
         decode = DecodeGraphs(self.forward, attention, self._lora, inputs, page_size, logits)

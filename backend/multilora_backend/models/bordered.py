@@ -43,7 +43,8 @@ class Bordered(Grouped):
         for linear in linears:
             linear.add_border(capacity)
         borders = [linear.weight.data[linear.site.width :] for linear in linears]
-        self._table = CopyTable.of(pool.a, borders, [linear.slices for linear in linears])
+        pools = [pool.a[linear.index] for linear in linears]
+        self._table = CopyTable.of(pools, borders, [linear.slices for linear in linears])
         self._tier, self._widest = 0, 0.0
         self._copy([(0, 0, PAGE)])  # compiles the kernel, so that no request waits for that
 

@@ -128,7 +128,7 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Called by transformers' model in place of its own layer, with hidden states `(1, T, hidden)`."""
 
-    def __init__(self, module: Any, attention: Attention, mlp: GatedMlp, next_norm: Any, first: bool) -> None:
+    def __init__(self, module: Any, attention: Attention, mlp: nn.Module, next_norm: Any, first: bool) -> None:
         """`next_norm` is the norm that follows this layer: the next layer's first, or the model's last."""
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
@@ -139,6 +139,8 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = Norm(module.pre_feedforward_layernorm if sandwich else module.post_attention_layernorm)
         self.attention_out_norm = Norm(module.post_attention_layernorm) if sandwich else None
         self.mlp_out_norm = Norm(module.post_feedforward_layernorm) if sandwich else None
+        # Granite scales what a block adds.
+        self.residual_multiplier = float(getattr(module, "residual_multiplier", 1.0))
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
         """Residual stream in the context, normed hidden states in and out."""
@@ -148,5 +150,9 @@ class DecoderLayer(nn.Module):
         if self.input_norm is not None:
             step.residual = x  # fresh from the embedding: nobody else reads it
             x = self.input_norm(x)
-        x = self.mlp_norm(self.self_attn(x, cos, sin), step.residual, self.attention_out_norm)
-        return self.next_norm(self.mlp(x), step.residual, self.mlp_out_norm)[None]
+        x = self.mlp_norm(self._scaled(self.self_attn(x, cos, sin)), step.residual, self.attention_out_norm)
+        return self.next_norm(self._scaled(self.mlp(x)), step.residual, self.mlp_out_norm)[None]
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        # In place, and rounded before the residual is added, as transformers does it.
+        return y if self.residual_multiplier == 1.0 else y.mul_(self.residual_multiplier)

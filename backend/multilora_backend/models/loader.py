@@ -22,7 +22,7 @@ from multilora_backend.models.layers import Attention
 from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import ModelCard
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "mixtral", "qwen3_moe")
 """`model_type`s that the tests run against transformers."""
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -61,7 +61,7 @@ def load_model(config: Config) -> LoadedModel:
             raise invalid("model", f"{folder}: {problem.replace('_', ' ')} in the weights: {sorted(info[problem])[:3]}")
     module.eval().requires_grad_(False)
     module.to(device)
-    sites = fuse_checked(module, hf.vocab_size, config.block_size, device)
+    sites = fuse_checked(module, hf.vocab_size, config.block_size, device, config.lora_experts)
     return LoadedModel(module, hf, sites, _max_model_len(config, hf), _eos(folder, hf), dtype, device)
 
 
@@ -75,10 +75,13 @@ def outline(config: Config, device: torch.device) -> LoadedModel:
     dtype = _dtype(config, hf, device)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation=attention.NAME)
-    return LoadedModel(module, hf, fuse(module), _max_model_len(config, hf), _eos(folder, hf), dtype, device)
+    sites = fuse(module, config.lora_experts)
+    return LoadedModel(module, hf, sites, _max_model_len(config, hf), _eos(folder, hf), dtype, device)
 
 
-def fuse_checked(module: Any, vocab_size: int, page_size: int, device: torch.device) -> list[LoraSite]:
+def fuse_checked(
+    module: Any, vocab_size: int, page_size: int, device: torch.device, experts: bool = True
+) -> list[LoraSite]:
     """Puts our layers in and compares the logits of a small batch with those of transformers' own.
 
     That catches a model whose arithmetic is not what our layers do: norms elsewhere, another activation or scale.
@@ -89,7 +92,7 @@ def fuse_checked(module: Any, vocab_size: int, page_size: int, device: torch.dev
     with torch.inference_mode():
         before = module(input_ids=ids, use_cache=False).logits.float()
     module.set_attn_implementation(attention.NAME)
-    sites = fuse(module)
+    sites = fuse(module, experts)
     caches = attach_kv_cache(module, num_pages=2, page_size=page_size, device=device)
     after = _probe(module, ids, page_size, device)
     caches.clear()
@@ -170,6 +173,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise invalid("model", f"{folder} holds no config.json")
     hf = AutoConfig.from_pretrained(folder, local_files_only=True)
     _refuse(hf)
+    if getattr(hf, "output_router_logits", False):
+        hf.output_router_logits = False  # for a loss in training; our layers do not hand them out
     return hf
 
 

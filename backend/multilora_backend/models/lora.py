@@ -26,10 +26,13 @@ from multilora_kernels import (
     SegmentPlan,
     Segments,
     block_m_for,
+    grouped_expand,
     grouped_expand_reference,
     grouped_shrink,
     grouped_shrink_reference,
     plan_segments,
+    routed_segments,
+    routed_segments_reference,
 )
 
 RANK_VARIANTS = (16, 64)
@@ -49,6 +52,8 @@ class LoraStep:
     """Thousands of rows: with a tier, wide linears take h from grouped_shrink all the same."""
     extras: ExtrasStep | None = None
     """None: no adapter of the step has any, and nothing is launched for them."""
+    experts: bool = False
+    """Launches LoRA on experts whether an adapter has any or not: for warm-up."""
 
 
 class LoraStrategy(Protocol):
@@ -82,6 +87,18 @@ class LoraStrategy(Protocol):
         """x `[T, in_features]` -> base output `[T, width]` and what is to be added to it."""
         ...
 
+    def acts_on_experts(self, batch: Batch) -> bool:
+        """Whether an adapter of the batch does. Such a step runs eagerly: graphs launch nothing for experts."""
+        ...
+
+    def visits(self, rows: Tensor, experts: Tensor, num_experts: int) -> Segments | None:
+        """Segments of the rows' visits to experts, each int64 [P]; None: no adapter of the step acts on experts."""
+        ...
+
+    def add_on_experts(self, site: int, x: Tensor, y: Tensor, visits: Segments) -> None:
+        """Adds to y `[P, width]` what LoRA makes of x `[P, in_features]` at a site with experts."""
+        ...
+
 
 class NoLora:
     """For models served without adapters, and for steps that have none."""
@@ -108,6 +125,15 @@ class NoLora:
         bias = None if linear.bias is None else linear.bias[:width]
         return F.linear(x, linear.weight[:width], bias), None
 
+    def acts_on_experts(self, batch: Batch) -> bool:
+        return False
+
+    def visits(self, rows: Tensor, experts: Tensor, num_experts: int) -> Segments | None:
+        return None
+
+    def add_on_experts(self, site: int, x: Tensor, y: Tensor, visits: Segments) -> None:
+        raise RuntimeError("there is no LoRA on experts")
+
 
 class Grouped(NoLora):
     """Two grouped kernels a linear, the second one fused into its consumer where there is one."""
@@ -116,6 +142,7 @@ class Grouped(NoLora):
         self._pool = pool
         self._segments: Segments | None = None
         self.extras = StepExtras(pool.extras)
+        self._on_experts = False
         self._h_ranks = 0
         """Columns of a slice in h where the plan says at which an adapter's begin; 0: it does not."""
 
@@ -135,6 +162,8 @@ class Grouped(NoLora):
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         self._segments = segments
         self.extras.enter(step.extras, segments)
+        active = () if step.segments is None else step.segments.active
+        self._on_experts = step.experts or bool(self._pool.on_experts[list(active)].any())
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         y, _ = super().project(linear, x)
@@ -142,6 +171,19 @@ class Grouped(NoLora):
             return y, None
         h = grouped_shrink(x, self._pool.a[linear.index], linear.slices, self._segments, self._h_ranks)
         return y, Delta(h, self._pool.b[linear.index], self._segments)
+
+    def acts_on_experts(self, batch: Batch) -> bool:
+        slots = batch.adapter_slots
+        return bool(self._pool.on_experts[slots[slots >= 0]].any())
+
+    def visits(self, rows: Tensor, experts: Tensor, num_experts: int) -> Segments | None:
+        if self._segments is None or not self._on_experts:
+            return None
+        return routed_segments(self._segments, rows, experts, num_experts)
+
+    def add_on_experts(self, site: int, x: Tensor, y: Tensor, visits: Segments) -> None:
+        h = grouped_shrink(x, self._pool.a[site], 1, visits)
+        grouped_expand(y, Delta(h, self._pool.b[site], visits), y.shape[1:])
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
         """Steps of `rows` rows that between them launch every variant of the kernels."""
@@ -160,3 +202,12 @@ class Reference(Grouped):
             delta = Delta(h, self._pool.b[linear.index], self._segments)
             grouped_expand_reference(y, delta, linear.site.out_features)
         return y, None
+
+    def visits(self, rows: Tensor, experts: Tensor, num_experts: int) -> Segments | None:
+        if self._segments is None or not self._on_experts:
+            return None
+        return routed_segments_reference(self._segments, rows, experts, num_experts)
+
+    def add_on_experts(self, site: int, x: Tensor, y: Tensor, visits: Segments) -> None:
+        h = grouped_shrink_reference(x, self._pool.a[site], 1, visits)
+        grouped_expand_reference(y, Delta(h, self._pool.b[site], visits), y.shape[1:])

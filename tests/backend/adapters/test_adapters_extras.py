@@ -69,7 +69,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def running(folder: Path) -> tuple[list[LoraSite], BaseModel]:
     model = LlamaForCausalLM.from_pretrained(folder)
-    return fuse(model), BaseModel(linears(model))
+    return fuse(model), BaseModel(dict(enumerate(linears(model))))
 
 
 @pytest.mark.parametrize("form", FORMS)

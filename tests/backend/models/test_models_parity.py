@@ -11,17 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from multilora_backend.config import Config
-from multilora_backend.core import SamplingParams, Sequence, Slot, StepPlan
+from multilora_backend.core import Slot
 from multilora_backend.errors import MultiloraError
-from multilora_backend.models import context, fusion
-from multilora_backend.models.attention import TorchAttention
-from multilora_backend.models.batch import Batch
-from multilora_backend.models.layers import Attention
+from multilora_backend.models import fusion
+from multilora_backend.models.layers import Attention, DecoderLayer
 from multilora_backend.models.linear import FusedLinear
-from multilora_backend.models.loader import LoadedModel, attach_kv_cache, load_model, model_card
-from multilora_backend.models.lora import NoLora
+from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
+from ragged_steps import PAGE, logits_of_step, sequence
 
-PAGE = 4
 COMMON = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -77,6 +74,22 @@ FAMILIES = {
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 1.7,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "output_router_logits": True},
+    "qwen3_moe": {"head_dim": 8, "moe_intermediate_size": 20, "num_experts": 7, "num_experts_per_tok": 3},
+    "qwen3_moe-normalised": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
 }
 
 
@@ -89,26 +102,6 @@ def save(tmp_path: Path, family: str, **more) -> Path:
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(tmp_path)
     return tmp_path
-
-
-def sequence(number: int, tokens: list[int], pages: list[int]) -> Sequence:
-    s = Sequence(("t", number, 0), len(tokens), tokens, SamplingParams(), 0)
-    s.pages = pages
-    return s
-
-
-def logits_of_step(model: LoadedModel, slots: list[Slot]) -> torch.Tensor:
-    """Logits `[T, vocab]` of all rows of a step."""
-    batch = Batch.from_plan(StepPlan(tuple(slots)), PAGE)
-    attention = TorchAttention(PAGE, model.device)
-    attention.plan(batch)
-    step = context.StepContext(attention, NoLora(), torch.from_numpy(batch.write_slots))
-    with torch.inference_mode(), context.step(step):
-        return model.module(
-            input_ids=torch.from_numpy(batch.token_ids)[None],
-            position_ids=torch.from_numpy(batch.positions)[None],
-            use_cache=False,
-        ).logits[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,7 +144,7 @@ def test_fusing_makes_four_sites_a_layer(tmp_path: Path):
     assert [f.index for f in sorted(fused, key=lambda f: f.index)] == list(range(8))
 
 
-@pytest.mark.parametrize("wrong", ["activation", "scale", "order"])
+@pytest.mark.parametrize("wrong", ["activation", "scale", "order", "residual"])
 def test_layers_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str):
     """What the probe is for: arithmetic that is not transformers' own must not go unnoticed."""
     folder = save(tmp_path, "llama")
@@ -166,6 +159,8 @@ def test_layers_that_compute_something_else_are_refused(tmp_path: Path, monkeypa
             original(self, module, qkv, o)
 
         monkeypatch.setattr(Attention, "__init__", init)
+    elif wrong == "residual":
+        monkeypatch.setattr(DecoderLayer, "_scaled", lambda _, y: y * 0.5)
     else:
         original_linear = fusion._linear
 
