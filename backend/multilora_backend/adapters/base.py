@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +39,8 @@ class BaseModel:
     """[vocabulary, hidden]; None if nothing is known of it."""
     head: Tensor | None = None
     """[vocabulary, hidden], likewise."""
+    token_id: Callable[[str], int | None] | None = None
+    """The id of a token in the base model's tokenizer; None of it: there is no tokenizer."""
 
     @property
     def tied(self) -> bool:

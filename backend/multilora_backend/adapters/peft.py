@@ -20,6 +20,7 @@ from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
 from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
 from multilora_backend.adapters.norms import fill_norms
+from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.placing import place
@@ -60,7 +61,9 @@ def check_adapter(
     """All checks that need no weights: reads the config and the header. Raises as `read_adapter` does."""
     config = PeftConfig.parse(_read_config(folder, inside))
     with member(folder, WEIGHTS, inside).open("rb") as file:
-        return _plan(config, read_header(file, WEIGHTS), tuple(sites), base)
+        plan = _plan(config, read_header(file, WEIGHTS), tuple(sites), base)
+    _check_tokens(folder, plan, inside, base)
+    return plan
 
 
 def read_adapter(
@@ -85,6 +88,7 @@ def read_adapter(
     with member(folder, WEIGHTS, inside).open("rb") as file:
         header = read_header(file, WEIGHTS)
         plan = _plan(config, header, tuple(sites), base)
+        _check_tokens(folder, plan, inside, base)
         data = read_data(file, header, WEIGHTS)
     content = hashlib.sha256(data.data)  # which CPUs have instructions for: half the time of blake2b
     if sha256:
@@ -111,6 +115,12 @@ def read_adapter(
 @lru_cache(maxsize=PLANS_KEPT)
 def _plan(config: PeftConfig, header: Header, sites: tuple[LoraSite, ...], base: BaseModel | None) -> AdapterPlan:
     return plan_adapter(config, parse_header(header, WEIGHTS), sites, base)
+
+
+def _check_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> None:
+    # Who trains new tokens trains a table. Of others even a look at the file would cost more than all else.
+    if plan.tables and base is not None and base.token_id is not None and (folder / TOKENIZER).exists():
+        check_tokens(member(folder, TOKENIZER, inside), base.token_id)
 
 
 def _fill_extras(

@@ -48,7 +48,7 @@ def create_adapters(
         model.sites,
         device_bytes=config.adapter_device_bytes or memory.adapter_bytes(model.device),
         extras_bytes=memory.extras_bytes(config, model.device),
-        base=base_model(model.module),
+        base=base_model(model.module, Path(config.model)),
         host_bytes=config.adapter_host_bytes,
         load_threads=config.adapter_load_threads,
         dtype=model.dtype,

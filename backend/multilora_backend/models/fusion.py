@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import nn
 
 from multilora_backend.adapters.base import BaseModel
@@ -51,15 +53,13 @@ def linears(model: nn.Module) -> list[FusedLinear]:
     return sorted((m for m in model.modules() if isinstance(m, FusedLinear)), key=lambda m: m.index)
 
 
-def base_model(model: Any) -> BaseModel:
-    """What adapters are told of a fused model."""
+def base_model(model: Any, folder: Path | None = None) -> BaseModel:
+    """What adapters are told of a fused model, whose tokenizer lies in `folder`."""
     norms = {module.name: module.weight.data for module in model.modules() if isinstance(module, Norm)}
-    return BaseModel(
-        {linear.index: linear for linear in linears(model)},
-        norms,
-        model.model.embed_tokens.weight,
-        model.lm_head.weight,
-    )
+    path = None if folder is None else folder / "tokenizer.json"
+    token_id = Tokenizer.from_file(str(path)).token_to_id if path is not None and path.is_file() else None
+    own = {linear.index: linear for linear in linears(model)}
+    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, token_id)
 
 
 def _fused_layer(

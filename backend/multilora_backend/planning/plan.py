@@ -130,7 +130,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     roots = Roots.for_operator(config.adapter_roots, config.adapters)
     entries = Catalogue.read(config.adapters, roots).entries if config.lora_enabled else ()
     limit = config.adapter_max_bytes
-    base = base_model(model.module)
+    base = base_model(model.module, Path(config.model))
     footprints = tuple(footprint(entry, *common, base, arena, pinned=cuda, max_bytes=limit) for entry in entries)
     rows = by_rank(footprints, *common, config.adapter_host_bytes, pinned=cuda) if config.lora_enabled else []
     return Plan(

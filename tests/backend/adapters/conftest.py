@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from multilora_backend.adapters import layout
+from multilora_backend.adapters.base import BaseModel
 from multilora_backend.core import LoraSite
+from multilora_backend.models.fusion import base_model, fuse
 
 LAYERS, HIDDEN, MIDDLE, HEADS, KV_HEADS = 2, 32, 40, 4, 2
 
 
-def make_llama() -> LlamaForCausalLM:
+def make_llama(**more: Any) -> LlamaForCausalLM:
     torch.manual_seed(1)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -31,6 +33,7 @@ def make_llama() -> LlamaForCausalLM:
             num_hidden_layers=LAYERS,
             num_attention_heads=HEADS,
             num_key_value_heads=KV_HEADS,
+            **more,
         )
     )
 
@@ -129,3 +132,25 @@ def peft_deltas() -> Callable[[Path], dict[str, Tensor]]:
         return {name: after[name] - before[name] for name in before}
 
     return deltas
+
+
+Running = tuple[list[LoraSite], BaseModel]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The model's folder, by whether embedding and head share their weight."""
+    found = {tied: tmp_path_factory.mktemp("base") for tied in (False, True)}
+    for tied, folder in found.items():
+        make_llama(tie_word_embeddings=tied).save_pretrained(folder)
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(folders: dict[bool, Path]) -> dict[bool, Running]:
+    """Of those folders, fused: nobody may change them."""
+    found = {}
+    for tied, folder in folders.items():
+        model = LlamaForCausalLM.from_pretrained(folder)
+        found[tied] = fuse(model), base_model(model)
+    return found
