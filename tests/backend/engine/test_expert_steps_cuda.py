@@ -28,6 +28,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "everything": {"r": 20},
 }
 ON_EXPERTS = ("experts", "everything")
+TIE = 0.1
+"""Of these prompts' rows some have a third and a fourth expert that are 0.007 apart, where bf16 is 0.05 off."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +67,13 @@ def test_graphs_hold_all_but_adapters_on_experts(folder: Path, device: str, monk
 
     monkeypatch.setattr(Grouped, "add_on_experts", count)
     submit(driver, ["", "attention", "router"])
-    check_logits(driver.requests.values(), judge)
+    check_logits(driver.requests.values(), judge, TIE)
     assert driver.replayed
     assert driver.prompts_replayed
     assert not sites, "nothing is launched for experts that no adapter acts on"
 
     submit(driver, ["", *ADAPTERS])
-    check_logits(driver.requests.values(), judge)
+    check_logits(driver.requests.values(), judge, TIE)
     expert_sites = {i for i, site in enumerate(driver.engine.model.sites) if site.experts}
     assert len(expert_sites) == 4
     assert set(sites) == expert_sites
@@ -94,7 +96,7 @@ def test_nan_in_one_adapter_stays_in_its_rows(folder: Path, device: str):
     own = [request for request in driver.requests.values() if request.adapter == "everything"]
     assert all(request.logits.isnan().all() for request in own)
     others = [request for request in driver.requests.values() if request.adapter != "everything"]
-    check_logits(others, Judge(folder / "model", folder / "adapters", device))
+    check_logits(others, Judge(folder / "model", folder / "adapters", device), TIE)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
