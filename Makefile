@@ -84,7 +84,7 @@ profile: ## where the time of a saturated decode goes at SHAPE
 	$(SETUP)
 	@$(BIN)/python benchmarks/profile_steps.py --shape $(SHAPE) --input 256 --json $(RESULTS)/profile.json $(ARGS)
 
-simulate: ## the scheduler in virtual time: fairness and starvation tables, and whether the targets hold
+simulate: ## the scheduler in virtual time: tables, and whether the targets hold; about eight minutes on 2 cores
 	$(SETUP)
 	@$(BIN)/python benchmarks/simulate.py --json $(RESULTS)/simulation $(ARGS)
 

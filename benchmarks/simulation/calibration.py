@@ -33,6 +33,8 @@ def calibrate(model: TimeModel | None = None, folder: Path = RESULTS) -> list[di
         "latency": between_tokens,
         "latency-loads-host": loads,
         "latency-loads-disk": loads,
+        "misses-host": miss,
+        "misses-disk": miss,
     }
     found = []
     for name, kind in kinds.items():
@@ -87,6 +89,17 @@ def loads(result: dict[str, Any], model: TimeModel) -> Iterator[dict[str, Any]]:
         simulated = 1e3 * percentile(run.load_s[len(names) :], percent)
         label = f"loads from {where} beside {count} that run, p{percent}"
         yield _row(label, "ms", measured[f"p{percent}_ms"], simulated)
+
+
+def miss(result: dict[str, Any], model: TimeModel) -> Iterator[dict[str, Any]]:
+    """What the load adds to the time to first token on an idle engine."""
+    options = result["options"]
+    where, names = options["load_from"], [adapter_name(0), adapter_name(1)]
+    asked = [Request(START_S + i, name, options["input"], options["output"]) for i, name in enumerate(names[:1] * 2)]
+    setup = Setup(dict.fromkeys(names, options["rank"]), 1, 0 if where == "disk" else 2**40)
+    missed, hit = simulate(_warm(names) + asked, setup, model).recorder.records[-2:]
+    p50 = {row["kind"]: row["ttft"]["p50_ms"] for row in result["rows"]}
+    yield _row(f"a miss from {where} on an idle engine", "ms", p50["miss"] - p50["hit"], 1e3 * (missed.ttft - hit.ttft))
 
 
 class _Loading:

@@ -56,12 +56,11 @@ def ttft(cases: Cases, names: tuple[str, ...], path: Path) -> None:
             axes.plot(at, [a["ttft_s"]["p50"] for a in adapters], "k_", ms=5, label="p50" if shift else None)
             axes.set_xticks(range(len(adapters)), [a["adapter"] for a in adapters], fontsize=7)
         axes.set_yscale("log")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("adapter")
     grid[0].set_ylabel("time to first token, s")
-    handles, labels = grid[-1].get_legend_handles_labels()
-    # Beside the axes: bars reach everywhere in them.
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.94))
+    # Above the axes: bars reach everywhere in them.
+    grid[-1].legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     save(plt, figure, path)
 
 

@@ -31,9 +31,9 @@ def _registered(count: int, ranks: tuple[int, ...] = (16,)) -> dict[str, int]:
 
 
 @lru_cache(maxsize=8)
-def capacity(adapters: int, count: int = 1500) -> float:
+def capacity(adapters: int) -> float:
     """Requests a second of S-LoRA's lengths, with so many adapters that never leave the device and a full queue."""
-    requests = workloads.mixed([1.0] * adapters, 1e6, count / 1e6)
+    requests = workloads.mixed([1.0] * adapters, 1e6, 1500 / 1e6)
     run = simulate(requests, Setup(_registered(adapters), adapters, 4 * GIB))
     # From when the batch is full until the queue is empty: the start and the drain are not capacity.
     ends = sorted(record.last for record in run.recorder.records)
@@ -75,8 +75,8 @@ def slots(scale: float) -> Iterator[Case]:
 
 def uniform(scale: float) -> Iterator[Case]:
     """1,000 adapters alike, room for 64: where each scheduler's goodput is best, the rates lie around."""
-    for rate in (4.6, 4.7, 4.8, 9.4, 9.5, 9.7):
-        requests = partial(workloads.s_lora, 1000, 1.0, rate, 1.0, 600.0 * scale)
+    for rate in (4.6, 4.8, 5.0, 9.4, 9.7, 10.0):
+        requests = partial(workloads.s_lora, 1000, 1.0, rate, 1.0, 300.0 * scale)
         yield Case(f"1000 uniform {rate:g}/s", requests, Setup(_registered(1000), 64))
 
 

@@ -80,6 +80,18 @@ def test_requests_that_never_started_have_waited_until_the_end(sim: SimpleNamesp
     assert (figures["requests"], figures["finished"], figures["goodput"]) == (2, 0, 0)
 
 
+def test_goodput_counts_first_tokens_in_time_over_the_time_in_which_requests_came(sim: SimpleNamespace):
+    recorder = sim.record.Recorder()
+    # Came, began, first token, end: in time, begun in time only, in time but never done, in time at the very limit.
+    for at, *times in ((0.0, 1, 2, 3), (1.0, 2, 8, 9), (2.0, 3, 4, math.inf), (10.0, 11, 16, 99)):
+        record = recorder.submitted(sim.workloads.Request(at, "", 1, 1))
+        record.started, record.first, record.last = times
+    setup = sim.simulator.Setup({}, 1)
+    figures = sim.summary.summarise(sim.simulator.Run(setup, recorder, 100.0, 0, 0, 0, 0, [], {}, 0.0))
+    assert figures["goodput"] == pytest.approx(2 / 10)
+    assert figures["attainment"] == pytest.approx(2 / 4)
+
+
 def adapters(*waits: float) -> dict[str, Any]:
     shown = [{"adapter": f"a{i}", "wait_s": {"p99": wait}} for i, wait in enumerate(waits)]
     return {"adapters": shown, "requests": 10, "finished": 10}
@@ -157,6 +169,21 @@ def test_the_script_writes_what_the_document_reads(
     assert "Not simulated." in text
     with pytest.raises(SystemExit):
         sim.simulate_script.main(["--only", "nope"])
+
+
+@pytest.mark.parametrize("value", [1.0, 3.0])
+def test_a_missed_target_is_said_everywhere(
+    sim: SimpleNamespace, value: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    target = sim.targets.Target("a figure", value, 2.0, at_most=True)
+    for module in (sim.simulate_script, sim.tables):
+        monkeypatch.setattr(module, "evaluate", lambda runs: [target])
+    monkeypatch.setattr(sim.simulate_script, "calibrate", lambda: [])
+    monkeypatch.setattr(sim.simulate_script, "_play", lambda *arguments: iter(()))
+    missed = value > 2
+    assert sim.simulate_script.main([]) == missed
+    assert ("FAIL" in capsys.readouterr().out) == missed
+    assert ("**missed**" in sim.tables.targets({})) == missed
 
 
 class Inline:

@@ -75,6 +75,16 @@ def test_the_baseline_passes_by_those_without_a_slot_and_forgets_nobody(sim: Sim
     assert last.started >= passed_by.started
 
 
+def test_what_the_baseline_has_preempted_goes_on_before_later_ones(sim: SimpleNamespace):
+    requests = [sim.workloads.Request(0.0, "", 40, 60), *(sim.workloads.Request(0.01, "", 40, 60) for _ in range(2))]
+    setup = sim.simulator.Setup({}, 1, settings={"max_num_seqs": 2}, first_come=True)
+    run = sim.simulator.simulate(requests, setup, replace(sim.model.TimeModel.read(), kv_tokens=160))
+    first, preempted, later = run.recorder.records
+    assert run.preemptions
+    assert later.started >= first.last
+    assert preempted.last < later.last
+
+
 def test_what_is_in_the_host_cache_is_not_read_again(sim: SimpleNamespace):
     requests = [sim.workloads.Request(float(i), f"a{i % 2}", 10, 2) for i in range(6)]
     one = 16 * sim.shapes_script.SHAPES["llama-3.1-8b"].bytes_per_rank

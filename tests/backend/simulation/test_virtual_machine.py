@@ -97,10 +97,10 @@ def test_what_is_urgent_overtakes_what_has_not_begun_and_nothing_else(sim: Simpl
     loader.submit(job("a", Purpose.HOST))
     loader.submit(job("b", Purpose.HOST))
     loader.submit(job("c", Purpose.DEVICE))
-    clock.advance(1.5 * one)  # a is over, so c has begun, though nobody has looked
+    clock.advance(2.5 * one)  # a and c are over, so b has begun, though nobody has looked
     loader.submit(job("d", Purpose.DEVICE))
     clock.advance(10 * one)
-    assert done(loader) == ["a", "c", "d", "b"]
+    assert done(loader) == ["a", "c", "b", "d"]
 
 
 def test_what_is_hurried_overtakes_what_nobody_waits_for(sim: SimpleNamespace):
