@@ -71,7 +71,7 @@ def engine(result: Result) -> str:
     for mix, rate in best.items():
         vllm = vllm_figures.rate(options, mix)
         comparable |= vllm is not None
-        target = vllm_figures.TARGET_SHARES.get(mix)
+        target = None if options["max_loras"] else vllm_figures.TARGET_SHARES.get(mix)
         rows.append(
             [
                 mix,

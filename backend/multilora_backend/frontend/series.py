@@ -82,7 +82,9 @@ SERIES: dict[str, Series] = {
     "vllm:cache_config_info": _gauge(
         "1; the labels say how the KV cache is cut.", "block_size", "num_gpu_blocks", ends=True
     ),
-    "multilora:preemptions_total": _counter("Sequences that gave back their KV pages to be computed again."),
+    "multilora:preemptions_total": _counter(
+        "Sequences that lost their KV pages: they are moved to the host or computed again."
+    ),
     "multilora:prefix_cache_queries_total": _counter("Prompt tokens looked up in the prefix cache."),
     "multilora:prefix_cache_hits_total": _counter("Prompt tokens found in the prefix cache."),
     # Adapters

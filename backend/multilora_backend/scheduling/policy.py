@@ -68,15 +68,22 @@ class Policy:
         return [*levels, (tenant.name, tenant.weight), (adapter_name(adapter), 1.0)]
 
     def rank(self, line: Line, now: float) -> tuple[float, ...]:
-        """Smaller is admitted sooner. Of a line with something waiting; its head is meant."""
-        head, path = line.head, line.path
+        """Smaller is admitted sooner. Of a line with something waiting; its head is meant. See `scheduling.ready`."""
+        group = (line.path[0].served, -line.path[0].weight) if self.priority else ()
+        return *group, self.tenant_rank(line), *self.line_rank(line, now)
+
+    def tenant_rank(self, line: Line) -> float:
+        """Of its tenant within a class."""
+        return line.path[-2].served if self.fair_share else 0.0
+
+    def line_rank(self, line: Line, now: float) -> tuple[float, ...]:
+        """Of itself within a tenant."""
+        head = line.head
+        served = line.path[-1].served if self.fair_share else 0.0
         if not self.priority:
-            return (path[0].served, path[1].served, head.arrival) if self.fair_share else (head.arrival,)
+            return served, head.arrival
         patient = head.started is not None or head.deadline - now > URGENT_S
-        group = path[0]
-        if self.fair_share:
-            return group.served, -group.weight, path[1].served, patient, path[2].served, head.arrival
-        return group.served, -group.weight, patient, head.arrival
+        return patient, served, head.arrival
 
     def due(self, line: Line, left: float) -> float:
         """When a line becomes overdue for an adapter slot; the smallest gets the next one.

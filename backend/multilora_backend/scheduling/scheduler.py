@@ -12,7 +12,6 @@ has them moved to the host (`scheduling.host`) or is computed again.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 
 from multilora_backend.core import FinishReason, Sequence, Slot, StepPlan, adapter_name
@@ -24,6 +23,7 @@ from multilora_backend.scheduling.lines import Key, Line
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.preload import Preloader
+from multilora_backend.scheduling.ready import Ready
 from multilora_backend.scheduling.sequences import Sequences
 from multilora_backend.scheduling.tenants import Tenants
 
@@ -168,17 +168,11 @@ class Scheduler:
     def _admit(self, slots: list[Slot], budget: int, now: float) -> None:
         if len(self.running) >= self.max_num_seqs:
             return
-        heads = [(self.policy.rank(line, now), number, line) for number, line in enumerate(self._ready(now))]
-        heapq.heapify(heads)
-        while heads and budget > 0 and len(self.running) < self.max_num_seqs:
-            before, number, line = heads[0]
-            rank = self.policy.rank(line, now)
-            if rank > before:  # what was admitted meanwhile has been charged to its tenant or class
-                heapq.heapreplace(heads, (rank, number, line))
-                continue
+        ready = Ready(self._ready(now), self.policy, now)
+        while budget > 0 and len(self.running) < self.max_num_seqs and (line := ready.first()) is not None:
             sequence = line.head
             if line.held_back(now) or not self._sequences.lease(sequence):
-                heapq.heappop(heads)
+                ready.drop()
                 continue
             self._memory.admit(sequence)
             # Paused sequences lose their pages only so that every turn gets anywhere. Otherwise each turn would begin
@@ -194,10 +188,8 @@ class Scheduler:
             self._sequences.start(sequence, now)
             slots.append(advance(sequence, count))
             budget -= count
-            if line.waiting:
-                heapq.heapreplace(heads, (self.policy.rank(line, now), number, line))
-            else:
-                heapq.heappop(heads)
+            if not line.waiting:
+                ready.drop()
 
     def _ready(self, now: float) -> Iterator[Line]:
         """Lines that may admit: of the base model, and of adapters that have a slot and need not give it up."""

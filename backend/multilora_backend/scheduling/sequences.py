@@ -99,7 +99,6 @@ class Sequences:
         if sequence.started is None:
             sequence.started = now
             self.lines.charge_prompt(sequence, now)
-        line.held_back(now)
         sequence.transition(SequenceStatus.RUNNING)
 
     def pause(self, turn: Turn, now: float) -> bool:

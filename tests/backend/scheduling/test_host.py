@@ -66,6 +66,16 @@ def test_without_room_on_the_host_it_is_computed_again(always, host: int):
     assert new.status is SequenceStatus.RUNNING
 
 
+@pytest.mark.parametrize("host", [0, 10])
+def test_what_the_host_keeps_is_not_lost(always, host: int):
+    target = scheduler(host, num_pages=20, page_size=4, tokens=8)
+    sequence = add(target, 30)
+    run(target)
+    target._sequences.preempt(sequence)
+    assert sequence.setbacks == (not host)
+    assert run(target).slots[0].start == (8 if host else 0)
+
+
 def test_what_ends_while_its_pages_are_on_the_host_frees_them(always):
     target = scheduler(10, num_pages=7, page_size=4)
     add(target, 8)

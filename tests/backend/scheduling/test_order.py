@@ -190,3 +190,13 @@ def test_for_a_cap_of_bytes_a_tenant_gives_up_its_own_slot(promised: bool):
     scheduler.turns.holders["own"].closing = False
     handovers.open(1.0)
     assert handovers.choose(line, 9.0, seats=True, own=False) is scheduler.turns.holders["other"]
+
+
+def test_what_has_begun_is_not_urgent_any_more():
+    scheduler = make()
+    sequence = add(scheduler, deadline=1.0)
+    line = line_of(sequence)
+    assert scheduler.policy.line_rank(line, 0.9)[0] is False
+    run(scheduler)
+    scheduler._sequences.preempt(sequence)
+    assert scheduler.policy.line_rank(line, 0.9)[0] is True
