@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from multilora_backend.adapters.tensors import DTYPES, TensorInfo
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -69,7 +69,7 @@ class Found:
             if self._found.setdefault((module, kind), info) is not info:
                 raise invalid(name, "occurs twice, with and without the adapter's name")
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
         """(module, kind), tensor."""
         return iter(self._found.items())
 
