@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from multilora_backend.adapters.targets import current_name
 from multilora_backend.adapters.tensors import DTYPES, TensorInfo
@@ -76,7 +76,7 @@ class Found:
         """That have a tensor."""
         return frozenset(module for module, _ in self._found)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[tuple[str, str], TensorInfo]]:
         """(module, kind), tensor."""
         return iter(self._found.items())
 

@@ -201,8 +201,7 @@ class Revisions:
         assert outcome is not None
         assert outcome.weights is not None
         if successor is record:
-            weights = outcome.weights
-            found, wanted = weights.version, record.entry.version
+            weights, found, wanted = outcome.weights, outcome.weights.version, record.entry.version
             reason = self._life.residency.pool.too_large(weights.rank, weights.extras_bytes)
             if not found.startswith(wanted):
                 reason = f"version {wanted} was asked for, and the source has {found} now"

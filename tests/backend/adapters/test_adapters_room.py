@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import adapter_bench
 from adapter_bench import SITE, Bench
 from multilora_backend.adapters.extras import ExtraSpec, affine_spec, allocate_extras
-from multilora_backend.adapters.extras_pool import ExtrasPool
 from multilora_backend.adapters.layout import AdapterWeights
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.room import GRAIN_BYTES, Room, extras_can_ever_fit
@@ -196,22 +195,6 @@ def test_pinned_extras_refuse_what_does_not_fit_beside_them(bench: Bench):
     assert "pinned adapters leave 0 of adapter_extras_bytes" in pins.in_the_way(records["z"])
     records["z"].extras_bytes = 0
     assert not pins.in_the_way(records["z"])
-
-
-@pytest.mark.parametrize(("begin", "start"), [(0, 48), (48, 0), (16, 16), (0, 160)])
-def test_moved_extras_are_where_the_table_says(begin: int, start: int):
-    pool = ExtrasPool([("a", ""), ("b", ""), ("c", "")], 320, 2, torch.device("cpu"))
-    extras = allocate_extras([ExtraSpec(("a", ""), (20,), torch.float32), ExtraSpec(("c", ""), (5,), torch.float32)])
-    for i, tensor in enumerate(extras.tensors.values()):
-        tensor.copy_(torch.arange(len(tensor)) + 100.0 * i)
-    pool.write(extras, 1, begin)
-    pool.move(1, begin, start, extras.size)
-    assert pool.where[:, 1].tolist() == [start // 16, -1, start // 16 + 5]
-    assert [int(pool.offsets(row)[1]) for row in range(3)] == pool.where[:, 1].tolist()
-    assert pool.where[:, 0].tolist() == [-1, -1, -1]
-    values = pool.values(torch.float32)[start // 4 :]
-    assert values[:20].tolist() == [float(i) for i in range(20)]
-    assert values[20:25].tolist() == [100.0 + i for i in range(5)]
 
 
 def test_an_adapter_without_extras_inherits_none_of_its_slot(bench: Bench):
