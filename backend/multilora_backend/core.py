@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from multilora_backend.scheduling.lines import Line
 
 
+COMPOSED = "__composed__"
+"""The name of all compositions of adapters in reports and in fairness: there is no end of them."""
+
+
 def adapter_name(key: str) -> str:
     """The name behind a key, for tenants, fairness and reports; empty for the base model.
 
     A key stands for one revision of an adapter: the name itself for the first, `name@2`, `name@3`, ... for those that
-    replaced it. No name contains "@".
+    replaced it. No name contains "@". A request may also name several, with weights; see `composition`.
     """
-    return key.partition("@")[0]
+    return COMPOSED if ":" in key else key.partition("@")[0]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
