@@ -137,6 +137,8 @@ class Sequence:
     """Set by the page table: how many of the pages other sequences can find."""
     root: bytes = field(default=b"", init=False)
     """Set by the scheduler: the adapter version that K and V in `pages` depend on; empty for the base model."""
+    adapter_start: int = field(default=0, init=False)
+    """Set by the scheduler: the first position that the adapter acts on; before it, K and V are the base model's."""
     line: Line | None = field(default=None, init=False)
     """Set by the scheduler from `add` to `finish`: where the sequence waits, and who pays for it."""
     started: float | None = field(default=None, init=False)

@@ -24,12 +24,12 @@ class StepLab:
         self.page = page
         self._pages = itertools.count(1)
 
-    def sequence(self, asked: str, tokens: list[int]) -> Sequence:
-        """With its adapter on the device, and pages for all its tokens."""
+    def sequence(self, asked: str, tokens: list[int], prompt_len: int = 0) -> Sequence:
+        """With its adapter on the device, and pages for all its tokens; all of them are prompt unless it is said."""
         adapters = self.engine.adapters
         key = adapters.resolve(asked) if asked else ""
-        made = Sequence(("lab", next(self._pages), 0), len(tokens), list(tokens), SamplingParams(), 0, adapter=key)
-        made.pages = [next(self._pages) for _ in range(-(-len(tokens) // self.page))]
+        length = prompt_len or len(tokens)
+        made = Sequence(("lab", next(self._pages), 0), length, list(tokens), SamplingParams(), 0, adapter=key)
         deadline = time.monotonic() + 30
         if key:
             adapters.hold(key)
@@ -37,7 +37,8 @@ class StepLab:
             assert time.monotonic() < deadline, adapters.records[key].reason
             adapters.request(key)
             adapters.poll()
-            made.lease = adapters.lease(key)
+            self.engine.scheduler._sequences.lease(made)
+        made.pages = [next(self._pages) for _ in range(-(-len(tokens) // self.page))]
         return made
 
     def logits(self, *spans: tuple[Sequence, int, int]) -> torch.Tensor:

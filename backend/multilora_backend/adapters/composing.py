@@ -18,7 +18,7 @@ from multilora_backend.adapters.jobs import Job, Outcome, Purpose
 from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
 from multilora_backend.composition import plain
 from multilora_backend.core import LoraSite
-from multilora_backend.errors import invalid
+from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 Compose = Callable[[Sequence[tuple[AdapterWeights, Decimal]]], AdapterWeights]
 VERSION_DIGITS = 32
@@ -36,8 +36,10 @@ def compose(
     """Its rank is the sum of theirs. In order of their versions, so that equal compositions are equal to the bit.
 
     B is scaled in float32 and rounded to `dtype` once more: an error of half a unit in the last place of each element.
-    Raises MultiloraError if a scaled B does not fit `dtype`.
+    Raises MultiloraError if a scaled B does not fit `dtype`, or a part is an activated LoRA.
     """
+    if any(weights.invocation for weights, _ in parts):
+        raise MultiloraError(ErrorCode.UNSUPPORTED, "an adapter with alora_invocation_tokens cannot be part of a sum")
     ordered = sorted(parts, key=lambda part: (part[0].version, part[1]))
     rank = sum(weights.rank for weights, _ in ordered)
     touched = {i for weights, _ in ordered for i, site in enumerate(weights.sites) if site is not None}

@@ -55,6 +55,8 @@ class AdapterWeights:
     """What the sites' tensors are views of: a, then b of each site that is not None."""
     no_effect: bool
     """Every product BA is zero."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from which on it acts; empty: everywhere. See `adapters.activation`."""
 
     @property
     def nbytes(self) -> int:

@@ -119,7 +119,8 @@ def read_adapter(
             laid_out.a.zero_()
             laid_out.b.zero_()
     effects = [_fill(weights[part.site], part, sites[part.site], data) for part in plan.parts]
-    return AdapterWeights(version, plan.rank, weights, buffers, no_effect=not any(effects))
+    invocation = config.alora_invocation_tokens
+    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), invocation)
 
 
 @lru_cache(maxsize=PLANS_KEPT)

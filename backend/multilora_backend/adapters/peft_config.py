@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from multilora_backend.adapters.activation import invocation_tokens
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 T = TypeVar("T")
@@ -51,7 +52,6 @@ REFUSED = {
     "modules_to_save": "fully trained modules are not supported yet",
     "trainable_token_indices": "trained token embeddings are not supported yet",
     "target_parameters": "LoRA on parameters that are not linears (experts) is not supported yet",
-    "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
     "use_qalora": "QALoRA is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
@@ -89,6 +89,8 @@ class PeftConfig:
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
     """Order matters in both patterns: the first that matches counts. EVA writes one for every module."""
+    alora_invocation_tokens: tuple[int, ...] = ()
+    """From their last occurrence in the prompt on the adapter acts; empty: everywhere."""
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
@@ -114,6 +116,7 @@ class PeftConfig:
             layers_pattern=_layer_expressions(fields.get("layers_pattern") or ()),
             rank_pattern=_by_pattern("rank_pattern", fields, _rank),
             alpha_pattern=_by_pattern("alpha_pattern", fields, _alpha),
+            alora_invocation_tokens=invocation_tokens(fields.get("alora_invocation_tokens")),
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
             raise invalid("layers_to_transform", "cannot be used when target_modules is a string")

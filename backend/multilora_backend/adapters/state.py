@@ -140,6 +140,8 @@ class Lease:
     rank: int
     generation: int = 0
     """No two adapters that were ever in this slot have the same; see `DevicePool.generation`."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from which on it acts; empty: everywhere."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ REFUSED_VALUES = {
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "alora_invocation_tokens": [5],
+    "alora_invocation_tokens": [-5],
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
