@@ -218,8 +218,7 @@ class AdapterManager(Commands):
         polled = self.revisions.poll()
         self._compositions.take_in(polled)
         for record in polled.read:
-            if not record.parts:
-                self._remembered.read(record)
+            self._remembered.read(record)
         self._remembered.save(self.registry, self._alias_holds)
         return polled
 
