@@ -246,6 +246,5 @@ def test_a_reader_that_leaves_cancels(fake, steps, protocol):
 
 def test_compare_with_a_sum_of_adapters(cli, fake, steps):
     fake.play([steps.reply("x", "stop", final=True)])
-    status, _, _ = cli("compare", "abc", "--adapters", "base; a:0.7,b:0.3")
-    assert status == 0
+    assert cli("compare", "abc", "--adapters", "base; a:0.7,b:0.3")[0] == 0
     assert {r.get("lora_name") for r in fake.received} == {None, "a:0.7,b:0.3"}

@@ -238,8 +238,7 @@ class Revisions:
             polled.failed.append(record.key)
 
     def _drop_candidate(self, name: str) -> None:
-        candidate = self._candidates.pop(name, None)
-        if candidate is not None:
+        if (candidate := self._candidates.pop(name, None)) is not None:
             self.retire(candidate)
 
     def _bring(self, record: AdapterRecord) -> None:

@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from adapter_bench import BYTES_PER_RANK, SITE, Bench, version_of, weights_of
+from adapter_bench import BYTES_PER_RANK, Bench, version_of
 from adapter_holders import Holder, Holders
-from multilora_backend.adapters.composing import compose, composed_version
+from composition_bench import content_of
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.errors import MultiloraError
@@ -88,14 +88,6 @@ class Life(RuleBasedStateMachine):
         assert not gone or state is AdapterState.LOADING
         assert state is self.manager.records[holder.key].state
         assert self.manager.stats().by_state["failed"] - failed in (0, 1)
-
-    def content(self, record):
-        """What its version says, whatever its source holds by now."""
-        if record.parts:
-            parts = [(self.content(part), weight) for part, weight in record.parts]
-            assert record.version == composed_version((weights.version, weight) for weights, weight in parts)
-            return compose(parts, [SITE], torch.float32)
-        return weights_of(*self.written[record.version])
 
     @rule(data=st.data())
     def run(self, data):
@@ -183,7 +175,7 @@ class Life(RuleBasedStateMachine):
                 slot, record = holder.lease.slot, self.manager.records[holder.key]
                 assert record.state is ACTIVE
                 assert pool.generation[slot] == holder.lease.generation
-                site = self.content(record).sites[0]
+                site = content_of(record, self.written).sites[0]
                 start = int(pool.rank_start[slot])
                 rows = slice(start, start + padded(int(pool.rank[slot])))
                 assert torch.equal(pool.a[0][rows], site.a)
