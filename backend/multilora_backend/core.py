@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from multilora_backend.scheduling.lines import Line
 
 
+COMPOSED = "__composed__"
+"""The name of all compositions of adapters in reports and in fairness: there is no end of them."""
+
+
 def adapter_name(key: str) -> str:
     """The name behind a key, for tenants, fairness and reports; empty for the base model.
 
     A key stands for one revision of an adapter: the name itself for the first, `name@2`, `name@3`, ... for those that
-    replaced it. No name contains "@".
+    replaced it. No name contains "@". A request may also name several, with weights; see `composition`.
     """
-    return key.partition("@")[0]
+    return COMPOSED if ":" in key else key.partition("@")[0]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -133,6 +137,8 @@ class Sequence:
     """Set by the page table: how many of the pages other sequences can find."""
     root: bytes = field(default=b"", init=False)
     """Set by the scheduler: the adapter version that K and V in `pages` depend on; empty for the base model."""
+    adapter_start: int = field(default=0, init=False)
+    """Set by the scheduler: the first position that the adapter acts on; before it, K and V are the base model's."""
     line: Line | None = field(default=None, init=False)
     """Set by the scheduler from `add` to `finish`: where the sequence waits, and who pays for it."""
     started: float | None = field(default=None, init=False)

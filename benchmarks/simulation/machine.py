@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from shapes import SHAPES, Shape
 
+from multilora_backend.adapters.jobs import Job, Outcome, Purpose
 from multilora_backend.adapters.layout import AdapterWeights, Buffer
-from multilora_backend.adapters.loader import Job, Outcome, Purpose
 from multilora_backend.adapters.peft import AdapterPlan
 from multilora_backend.adapters.pool import DevicePool, Transfer
 from multilora_backend.adapters.ranks import padded

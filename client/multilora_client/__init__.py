@@ -13,9 +13,19 @@ from multilora_client.errors import (
     ServerError,
     ServerUnavailable,
 )
-from multilora_client.types import AdapterInfo, Choice, Chunk, Completion, Message, SamplingOptions, TokenLogprob
+from multilora_client.types import (
+    AdapterChoice,
+    AdapterInfo,
+    Choice,
+    Chunk,
+    Completion,
+    Message,
+    SamplingOptions,
+    TokenLogprob,
+)
 
 __all__ = [
+    "AdapterChoice",
     "AdapterInfo",
     "AdapterNotFound",
     "AsyncClient",

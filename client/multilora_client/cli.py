@@ -211,7 +211,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "Complete one prompt with several adapters at once.", sampled)
     compare.add_argument("prompt", metavar="PROMPT")
     compare.add_argument(
-        "--adapters", type=flags.names, required=True, metavar="A,B,base", help=f"{BASE} is the base model"
+        "--adapters",
+        type=flags.names,
+        required=True,
+        metavar="A,B,base",
+        help=f"{BASE} is the base model; or 'A;A:0.7,B:0.3'",
     )
     ready = command("ready", _ready, "Tell whether the model takes requests.")
     ready.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for it")

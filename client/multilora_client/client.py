@@ -12,7 +12,7 @@ from multilora_client.adapters import Adapters
 from multilora_client.errors import RequestTimeout, ServerUnavailable
 from multilora_client.exchange import Exchange
 from multilora_client.settings import Settings
-from multilora_client.types import Chunk, Completion, Message, SamplingOptions
+from multilora_client.types import AdapterChoice, Chunk, Completion, Message, SamplingOptions
 from multilora_client.wire import RemainingTime, Request, parse_result
 
 if TYPE_CHECKING:
@@ -128,18 +128,18 @@ class Client:
     def generate(
         self,
         prompt: str,
-        adapter: str | None = None,
+        adapter: AdapterChoice | None = None,
         *,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Completion:
-        """The whole answer to `prompt`, without the prompt; `adapter` None asks the base model."""
+        """The whole answer to `prompt`, without the prompt; `adapter` None asks the base model, a mapping a sum."""
         return self._open(prompt, adapter, False, timeout, sampling).completion()
 
     def stream(
         self,
         prompt: str,
-        adapter: str | None = None,
+        adapter: AdapterChoice | None = None,
         *,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -150,7 +150,7 @@ class Client:
     def chat(
         self,
         messages: Sequence[Message],
-        adapter: str | None = None,
+        adapter: AdapterChoice | None = None,
         *,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -161,7 +161,7 @@ class Client:
     def chat_stream(
         self,
         messages: Sequence[Message],
-        adapter: str | None = None,
+        adapter: AdapterChoice | None = None,
         *,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -195,7 +195,7 @@ class Client:
     def _open(
         self,
         prompt: str | Sequence[Message],
-        adapter: str | None,
+        adapter: AdapterChoice | None,
         stream: bool,
         timeout: float | None,
         sampling: SamplingOptions,

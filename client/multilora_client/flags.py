@@ -66,7 +66,9 @@ def sampled() -> argparse.ArgumentParser:
 
 def single() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--adapter", metavar="NAME", help="adapter to use (default: the base model)")
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="adapter, or a sum like a:0.7,b:0.3 (default: the base model)"
+    )
     parser.add_argument("--stream", action="store_true", help="print text as it is generated")
     return parser
 
@@ -96,7 +98,8 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
+    """Between commas, or between semicolons where there is one: sums of adapters have commas."""
+    found = [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError("must name at least one")
     return found

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import SplitResult, urlsplit
 
 from multilora_client.exchange import Exchange
-from multilora_client.types import Message
+from multilora_client.types import AdapterChoice, Message
 from multilora_client.wire import build_command, build_request
 
 DEFAULT_MODEL = "multilora"
@@ -72,7 +72,7 @@ class Settings:
     def exchange(
         self,
         prompt: str | Sequence[Message],
-        adapter: str | None,
+        adapter: AdapterChoice | None,
         *,
         stream: bool,
         timeout: float | None,

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+AdapterChoice = str | Mapping[str, float]
+"""The name of an adapter, or several with the weights of their sum: {"a": 0.7, "b": 0.3}, or "a:0.7,b:0.3"."""
+
 
 class SamplingOptions(TypedDict, total=False):
     """Keyword arguments of every generating method; what is left out or None has the server's default.

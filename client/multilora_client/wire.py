@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from multilora_client.errors import InvalidRequest, ServerError
-from multilora_client.types import Choice, Chunk, Message, TokenLogprob
+from multilora_client.types import AdapterChoice, Choice, Chunk, Message, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def build_request(
     model: str,
     prompt: str | Sequence[Message],
     *,
-    adapter: str | None,
+    adapter: AdapterChoice | None,
     stream: bool,
     sampling: Mapping[str, Any],
 ) -> Request:
@@ -45,8 +45,9 @@ def build_request(
         tensors["text_input"] = prompt
     else:
         tensors["messages"] = _to_json("messages", list(prompt))
-    if adapter:
-        tensors["lora_name"] = adapter
+    named = _named(adapter)
+    if named:
+        tensors["lora_name"] = named
     given = {key: value for key, value in sampling.items() if value is not None}
     if given:
         tensors["sampling_parameters"] = _to_json("sampling_parameters", given)
@@ -60,7 +61,17 @@ def build_request(
         tensors["return_logprobs"] = tensors["return_cumulative_logprob"] = True
     for name, value in tensors.items():
         _require_utf8(name, value)
-    return Request(model, tensors, adapter or None)
+    return Request(model, tensors, named or None)
+
+
+def _named(adapter: AdapterChoice | None) -> str:
+    """As the server reads it; which weights make sense is for the server to judge."""
+    if adapter is None or isinstance(adapter, str):
+        return adapter or ""
+    try:
+        return ",".join(f"{name}:{float(weight)!r}" for name, weight in adapter.items())
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"adapter: weights must be numbers: {error}") from error
 
 
 def build_command(model: str, action: str, arguments: Mapping[str, Any], token: str) -> Request:

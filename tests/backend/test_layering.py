@@ -16,10 +16,11 @@ SOURCES = {
     **dict.fromkeys((ROOT / "kernels").rglob("*.py"), "multilora_kernels"),
     **dict.fromkeys((ROOT / "client").rglob("*.py"), "multilora_client"),
 }
-BASE = {"core", "errors", "config", "protocol"}
+BASE = {"composition", "core", "errors", "config", "protocol"}
 ALLOWED = {  # package -> our packages that it may import
     "core": set(),
     "errors": set(),
+    "composition": {"errors"},
     "config": {"errors"},
     "protocol": {"core", "errors"},
     "processes": set(),

@@ -242,3 +242,9 @@ def test_a_reader_that_leaves_cancels(fake, steps, protocol):
         process.kill()
     assert (process.returncode, err) == (141, "")
     fake.expect_cancelled()
+
+
+def test_compare_with_a_sum_of_adapters(cli, fake, steps):
+    fake.play([steps.reply("x", "stop", final=True)])
+    assert cli("compare", "abc", "--adapters", "base; a:0.7,b:0.3")[0] == 0
+    assert {r.get("lora_name") for r in fake.received} == {None, "a:0.7,b:0.3"}

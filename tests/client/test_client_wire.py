@@ -118,3 +118,24 @@ def test_table_is_aligned_by_columns_and_keeps_to_its_width():
     wide = comparison(names, results, width=400)
     assert "\x1b" not in wide
     assert r"\x1b[31m\n" in wide
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sent"),
+    [
+        ("a:0.7,b:0.3", "a:0.7,b:0.3"),
+        ({"a": 0.7, "b": -1}, "a:0.7,b:-1.0"),
+        ({"a": 1e-6}, "a:1e-06"),
+        ({}, None),
+        ("", None),
+    ],
+)
+def test_sums_of_adapters(adapter, sent):
+    request = build_request("m", "x", adapter=adapter, stream=False, sampling={})
+    assert request.tensors.get("lora_name") == request.adapter == sent
+
+
+@pytest.mark.parametrize("weight", [None, "much", 10**400])
+def test_weights_that_are_no_numbers(weight):
+    with pytest.raises(InvalidRequest, match="adapter: weights must be numbers"):
+        build_request("m", "x", adapter={"a": weight}, stream=False, sampling={})

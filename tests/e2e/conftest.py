@@ -72,12 +72,12 @@ class Metrics:
                 total += float(match[3])
         return total
 
-    def settled(self, name: str) -> float:
+    def settled(self, name: str, **labels: str) -> float:
         """A value that has not changed for a second: front ends report every quarter."""
-        value, since = self.value(name), time.monotonic()
+        value, since = self.value(name, **labels), time.monotonic()
         while time.monotonic() - since < 1.0:
             time.sleep(0.1)
-            if (now := self.value(name)) != value:
+            if (now := self.value(name, **labels)) != value:
                 value, since = now, time.monotonic()
         return value
 

@@ -35,13 +35,13 @@ def run(command: list[str], **kwargs) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server):
-    for block in (CURL[0], CURL[2]):
+    for block in (CURL[0], CURL[2], CURL[3]):
         command, printed = block.split("\n{", 1)
         assert json.loads(run(["bash", "-c", here(command, server)])) == json.loads("{" + printed)
     events = run(["bash", "-c", here(CURL[1], server)])
     texts = [json.loads(line[6:])["text_output"] for line in events.splitlines() if line.startswith("data: ")]
     assert "".join(texts) == "HELLO"
-    assert len(CURL) == 3
+    assert len(CURL) == 4
 
 
 @pytest.mark.parametrize(("number", "printed"), [(0, "olleh"), (1, "uryyb\nhheelllloo")])

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from multilora_backend.adapters.catalogue import Catalogue
+from multilora_backend.adapters.composing import compose, run_composed
 from multilora_backend.adapters.entry import AdapterEntry
+from multilora_backend.adapters.jobs import Job, Outcome, Purpose
 from multilora_backend.adapters.layout import AdapterWeights, allocate, numel
-from multilora_backend.adapters.loader import Job, Outcome, Purpose
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.peft import AdapterPlan
 from multilora_backend.adapters.pool import Transfer
@@ -82,6 +83,8 @@ class MemoryLoader:
         self.outcomes += [self._run(job) for job in jobs]
 
     def _run(self, job: Job) -> Outcome:
+        if job.parts:
+            return run_composed(job, self._run, lambda parts: compose(parts, [SITE], torch.float32, self.pin))
         folder = job.source.path.name
         content, now = self.content.get(folder, "does not exist"), self.fingerprint(folder)
         if job.cached is not None and (job.frozen or job.known == now):

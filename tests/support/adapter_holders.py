@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from multilora_backend.adapters.manager import AdapterManager
-from multilora_backend.adapters.revisions import Polled
+from multilora_backend.adapters.polled import Polled
 from multilora_backend.adapters.state import AdapterState, Lease
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from multilora_backend.adapters.loader import Outcome
+from multilora_backend.adapters.jobs import Outcome
 from multilora_backend.adapters.state import AdapterRecord, AdapterState
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ class Happened(Enum):
     """Its weights have been read; the outcome has them."""
     CHANGED = "changed"
     """Its source holds another content by now, which the outcome has; its own could not be read."""
+    STALE = "stale"
+    """A composition: the source of a part has another content by now, and the part's own could not be read."""
     FAILED = "failed"
 
 

@@ -15,14 +15,15 @@ import yaml
 from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.peft import fingerprint
 from multilora_backend.adapters.sources import Kind, Roots, Source, parse_source
+from multilora_backend.core import COMPOSED
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 log = logging.getLogger(__name__)
 
 MAX_NAME = 128
 MAX_NAMES_IN_ERROR = 50
-RESERVED = frozenset({"__base__", "__other__"})
-"""Names that mean something else: the base model's traffic and that of many in reports."""
+RESERVED = frozenset({"__base__", "__other__", COMPOSED})
+"""Names that mean something else: the base model's traffic, that of many, and that of compositions, in reports."""
 RESERVED_CHARACTERS = "/\\,:@"
 """Path separators, and what separates names, weights and versions where several are named at once."""
 

@@ -61,6 +61,8 @@ class AdapterWeights:
     """Every product BA is zero, and no extra changes anything."""
     extras: Extras | None = None
     """What it has besides A and B; None for most adapters."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from which on it acts; empty: everywhere. See `adapters.activation`."""
 
     @property
     def nbytes(self) -> int:

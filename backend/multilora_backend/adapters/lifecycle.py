@@ -14,7 +14,9 @@ from multilora_backend.adapters.books import RECHECK_S, Books, Event, Happened
 from multilora_backend.adapters.costs import LoadCosts
 from multilora_backend.adapters.entry import Origin
 from multilora_backend.adapters.host import HostCache
-from multilora_backend.adapters.loader import Outcome, Purpose
+from multilora_backend.adapters.jobs import Outcome, Purpose
+from multilora_backend.adapters.layout import AdapterWeights
+from multilora_backend.adapters.parts import jobs_of_parts, take_in_parts, unexpected
 from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.readings import Readings
@@ -56,7 +58,7 @@ class Lifecycle:
         if reading:  # as a prefetch, say, which all that somebody waits for would overtake
             self.readings.hurry(record.key)
         else:
-            self.readings.submit(record, Purpose.DEVICE, cached, self._trusts(record))
+            self._submit(record, Purpose.DEVICE, cached)
         self.readings.protect(record.key, protect)
         return record.state
 
@@ -64,7 +66,7 @@ class Lifecycle:
         """Reads the weights to the host, if they are not there. `asked`: also if much is being read already."""
         idle = record.state is AdapterState.COLD and record.key not in self.readings
         if idle and record.version not in self.host and (asked or not self.readings.full):
-            self.readings.submit(record, Purpose.HOST)
+            self._submit(record, Purpose.HOST)
 
     def waits_for_room(self, record: AdapterRecord) -> bool:
         return record.state is AdapterState.COLD and record.rank > 0 and self.residency.no_room(record)
@@ -130,7 +132,8 @@ class Lifecycle:
                     if record.state is AdapterState.FAILED and outcome.fingerprint != record.refused:
                         self.books.move(record, AdapterState.COLD)
                 case _:
-                    self._read(record, outcome, protect)
+                    if not record.parts or take_in_parts(self, record, outcome):
+                        self._read(record, outcome, protect)
         self.residency.take_in()
         return self.books.take_events()
 
@@ -168,6 +171,11 @@ class Lifecycle:
             bytes={"device": self.residency.nbytes, "host": (self.host.nbytes, self.host.budget_bytes)},
         )
 
+    def _submit(self, record: AdapterRecord, purpose: Purpose, cached: AdapterWeights | None = None) -> None:
+        """`cached`: what the host has of it."""
+        parts = jobs_of_parts(record, purpose, self.host, self._trusts)
+        self.readings.submit(record, purpose, cached, cached is not None and self._trusts(record), parts)
+
     def _checked(self, record: AdapterRecord, outcome: Outcome) -> None:
         """A check that ends after somebody has read the adapter, or has begun to, says nothing new."""
         if record.state is not AdapterState.COLD or record.nbytes or record.key in self.readings:
@@ -195,7 +203,7 @@ class Lifecycle:
         reason = outcome.reason
         if weights is not None:
             reason = self.residency.pool.too_large(weights.rank, weights.extras_bytes)
-            reason = reason or _unexpected(record.entry.version, weights.version)
+            reason = reason or unexpected(record.entry.version, weights.version)
         if weights is None or reason:
             self.residency.free(record)
             self._refuse(record, reason, outcome)
@@ -220,8 +228,6 @@ class Lifecycle:
     def _trusts(self, record: AdapterRecord) -> bool:
         """Whether its copy on the host is right without a look at the source."""
         entry = record.entry
+        if record.parts:
+            return all(self._trusts(part) for part, _ in record.parts)
         return record.retired or self._watched or entry.origin is Origin.ADMIN or not entry.source.is_local
-
-
-def _unexpected(wanted: str, found: str) -> str:
-    return "" if found.startswith(wanted) else f"version {wanted} was asked for, and the source has {found}"

@@ -10,18 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from decimal import Decimal
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.composing import Compose, compose, run_composed
+from multilora_backend.adapters.jobs import Job, Outcome, Purpose
 from multilora_backend.adapters.layout import AdapterWeights
 from multilora_backend.adapters.peft import AdapterPlan, check_adapter, fingerprint, read_adapter
 from multilora_backend.adapters.sources import Source
-from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import MultiloraError
 
@@ -42,52 +42,6 @@ TORCH_THREADS = 4
 Two threads read 9.1 adapters of 84 MB a second with this and 7.1 with 16 on 16 cores, and a read beside a loop that
 launches kernels took 197 ms instead of 290 (the host of one H200).
 """
-
-
-class Purpose(IntEnum):
-    """What a job is for, the most urgent first: it overtakes what has not begun."""
-
-    STOP = 0
-    DEVICE = 1
-    """Somebody waits for the weights."""
-    HOST = 2
-    """The weights will be wanted."""
-    CHECK = 3
-    """Config and header only."""
-    LOOK = 4
-    """Only whether a refused source has changed since."""
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    key: str
-    """Of the revision, for logs: whose job it is, is told by the job itself."""
-    source: Source
-    purpose: Purpose
-    known: Fingerprint | None = None
-    """Of the source's folder when it was last read or refused."""
-    cached: AdapterWeights | None = None
-    """What the source held when its fingerprint was `known`."""
-    frozen: bool = False
-    """`cached` is what is wanted, whatever the source holds by now."""
-
-    @property
-    def weights(self) -> bool:
-        return self.purpose in (Purpose.DEVICE, Purpose.HOST)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """At most one of `weights`, `plan` and `reason` is set: loaded, checked, or failed; none for a look."""
-
-    job: Job
-    fingerprint: Fingerprint | None
-    """Taken before reading; None if reading failed for a cause outside of the folder's content."""
-    weights: AdapterWeights | None = None
-    plan: AdapterPlan | None = None
-    reason: str = ""
-    seconds: float = 0.0
-    """How long reading took; 0 if nothing was read."""
 
 
 class Loader(Protocol):
@@ -128,6 +82,7 @@ class ThreadLoader:
         threads: int,
         on_change: Callable[[], None],
         locate: Callable[[Source], Path] = _folder,
+        compose: Compose | None = None,
     ) -> None:
         """`locate` gives the folder of a source and may download it; it raises as `read` and `check` do.
 
@@ -136,6 +91,7 @@ class ThreadLoader:
         self._locate = locate
         self._read = read
         self._check = check
+        self._compose = compose
         self._on_change = on_change
         self._local: _Jobs = queue.PriorityQueue()
         self._remote: _Jobs = queue.PriorityQueue()
@@ -167,7 +123,7 @@ class ThreadLoader:
         self._put(job, Purpose.DEVICE)
 
     def _put(self, job: Job, purpose: Purpose) -> None:
-        jobs = self._local if job.source.is_local else self._remote
+        jobs = self._local if job.is_local else self._remote
         jobs.put((purpose, next(self._order), job))
 
     def finished(self) -> list[Outcome]:
@@ -202,12 +158,14 @@ class ThreadLoader:
             self._on_change()
 
     def _run(self, job: Job) -> Outcome:
-        if job.cached is not None and (job.frozen or not job.source.is_local):
+        if not job.parts and job.cached is not None and (job.frozen or not job.source.is_local):
             # Whether something else lies behind a URL is asked when it must be read again, not at every load.
             return Outcome(job, job.known, weights=job.cached)
         begin = time.monotonic()
         now = fingerprint(job.source.path) if job.source.is_local else None
         try:
+            if job.parts and self._compose is not None:
+                return run_composed(job, self._run, self._compose)
             folder = self._locate(job.source)
             if not job.source.is_local:
                 now = fingerprint(folder)
@@ -246,4 +204,7 @@ def peft_loader(
     def check(folder: Path, source: Source) -> AdapterPlan:
         return check_adapter(folder, sites, source.inside, base)
 
-    return ThreadLoader(read, check, threads, on_change, locate)
+    def composed(parts: Sequence[tuple[AdapterWeights, Decimal]]) -> AdapterWeights:
+        return compose(parts, sites, dtype, pin)
+
+    return ThreadLoader(read, check, threads, on_change, locate, composed)

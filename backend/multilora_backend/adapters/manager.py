@@ -17,19 +17,22 @@ import torch
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.commands import Admit, Commands
+from multilora_backend.adapters.compositions import Compositions
 from multilora_backend.adapters.extras import extra_keys
 from multilora_backend.adapters.host import HostCache
+from multilora_backend.adapters.jobs import Purpose
 from multilora_backend.adapters.lifecycle import Lifecycle
-from multilora_backend.adapters.loader import Loader, Purpose, peft_loader
+from multilora_backend.adapters.loader import Loader, peft_loader
+from multilora_backend.adapters.polled import Polled
 from multilora_backend.adapters.pool import MAX_RANKS, DevicePool
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.readings import Readings
 from multilora_backend.adapters.remembered import Remembered
-from multilora_backend.adapters.revisions import Polled
 from multilora_backend.adapters.room import grains
 from multilora_backend.adapters.sources import Source
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
 from multilora_backend.adapters.statefile import StateFile
+from multilora_backend.composition import is_composed, parse
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -89,6 +92,7 @@ class AdapterManager(Commands):
         super().__init__(life, Remembered(state, clock), admit, enabled)
         self.records: Mapping[str, AdapterRecord] = life.books.records
         """By key; every revision that is current, may become it, or is being given back."""
+        self._compositions = Compositions(self.revisions, life)
         self.held = 0
         """Holds of sequences: none when there are no sequences."""
         self._restore_loaded()
@@ -108,11 +112,18 @@ class AdapterManager(Commands):
         self._loader.wait_idle(wait_s)
 
     def resolve(self, asked: str, tenant: str = "") -> str:
-        """The key of what a client asks for by a name, an alias or `name@version`.
+        """The key of what a client asks for by a name, an alias or `name@version`, or by several with weights.
 
-        Raises MultiloraError: unknown, not for this tenant, or FAILED, with the reason.
+        Empty if their weights leave only the base model. Raises MultiloraError: unknown, not for this tenant, FAILED
+        (with the reason), or a composition that can never be resident.
         """
         self._require_enabled()
+        if is_composed(asked):
+            parts = [(self._resolved(part.name, tenant), part.weight) for part in parse("lora_name", asked)]
+            return self._compositions.key(parts)
+        return self._resolved(asked, tenant).key
+
+    def _resolved(self, asked: str, tenant: str) -> AdapterRecord:
         name, version = self.registry.follow(asked)
         entry = self.registry.get(name)
         if entry is not None and not entry.admits(tenant):
@@ -121,12 +132,12 @@ class AdapterManager(Commands):
         record = self._find(name, version)
         if record.state is AdapterState.FAILED and not self._life.revive(record):
             raise MultiloraError(ErrorCode.INTERNAL, self.reason(record.key))
-        return record.key
+        return record
 
     def reason(self, key: str) -> str:
         """Why requests for a FAILED revision end."""
         record = self._record(key)
-        return f"LoRA {record.entry.name} could not be loaded: {record.reason}"
+        return f"LoRA {record.title} could not be loaded: {record.reason}"
 
     def vocabulary(self, key: str) -> int:
         """Tokens that a revision knows; 0: those of the base model, as far as is known before it was looked at."""
@@ -218,6 +229,7 @@ class AdapterManager(Commands):
     def poll(self) -> Polled:
         """Takes in what has been read and what has arrived; returns whose holders cannot go on as they are."""
         polled = self.revisions.poll()
+        self._compositions.take_in(polled)
         for record in polled.read:
             self._remembered.read(record)
         self._remembered.save(self.registry, self._alias_holds)

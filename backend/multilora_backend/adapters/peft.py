@@ -109,12 +109,17 @@ def read_adapter(
     if base is not None and plan.extras:
         extras = allocate_extras(plan.extras, pin)
         effects.append(_fill_extras(extras, plan, sites, base, data))
-    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras)
+    invocation = config.alora_invocation_tokens
+    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation)
 
 
 @lru_cache(maxsize=PLANS_KEPT)
 def _plan(config: PeftConfig, header: Header, sites: tuple[LoraSite, ...], base: BaseModel | None) -> AdapterPlan:
-    return plan_adapter(config, parse_header(header, WEIGHTS), sites, base)
+    plan = plan_adapter(config, parse_header(header, WEIGHTS), sites, base)
+    if config.alora_invocation_tokens and plan.extras:
+        why = "cannot be combined with DoRA, trained biases, norms, embeddings, heads or tokens"
+        raise MultiloraError(ErrorCode.UNSUPPORTED, f"alora_invocation_tokens: {why}")
+    return plan
 
 
 def _check_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> None:

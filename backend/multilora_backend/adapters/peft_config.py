@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from multilora_backend.adapters import checks
+from multilora_backend.adapters.activation import invocation_tokens
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 T = TypeVar("T")
@@ -46,7 +47,6 @@ HARMLESS = frozenset(
 )
 
 REFUSED = {
-    "alora_invocation_tokens": "activated LoRA is not supported yet",
     "layer_replication": "replicated layers make another base model",
     "use_qalora": "QALoRA is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
@@ -104,6 +104,8 @@ class PeftConfig:
     """Trained rows of the modules with names that end so; "" stands for the embedding."""
     ensure_weight_tying: bool = False
     """What is done to the embedding is done to a head that shares its weight, and the other way round."""
+    alora_invocation_tokens: tuple[int, ...] = ()
+    """From their last occurrence in the prompt on the adapter acts; empty: everywhere."""
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
@@ -136,6 +138,7 @@ class PeftConfig:
             modules_to_save=checks.strings("modules_to_save", fields.get("modules_to_save") or ()),
             trainable_token_indices=checks.tokens("trainable_token_indices", fields.get("trainable_token_indices")),
             ensure_weight_tying=checks.flag("ensure_weight_tying", fields.get("ensure_weight_tying") or False),
+            alora_invocation_tokens=invocation_tokens(fields.get("alora_invocation_tokens")),
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
             raise invalid("layers_to_transform", "cannot be used when target_modules is a string")

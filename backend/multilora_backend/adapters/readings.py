@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from multilora_backend.adapters.jobs import Job, Outcome, Parts, Purpose
 from multilora_backend.adapters.layout import AdapterWeights
-from multilora_backend.adapters.loader import Job, Loader, Outcome, Purpose
+from multilora_backend.adapters.loader import Loader
 from multilora_backend.adapters.state import AdapterRecord
 
 
@@ -39,13 +40,18 @@ class Readings:
         return self._local / max(self._max_weights // 2, 1)
 
     def submit(
-        self, record: AdapterRecord, purpose: Purpose, cached: AdapterWeights | None = None, frozen: bool = False
+        self,
+        record: AdapterRecord,
+        purpose: Purpose,
+        cached: AdapterWeights | None = None,
+        frozen: bool = False,
+        parts: Parts = (),
     ) -> None:
-        job = Job(record.key, record.entry.source, purpose, record.fingerprint, cached, frozen)
+        job = Job(record.key, record.entry.source, purpose, record.fingerprint, cached, frozen, parts)
         if job.weights:
             self._protect[record.key] = frozenset()
             self._reads[record.key] = job
-            self._local += job.source.is_local
+            self._local += job.is_local
         self._jobs[job] = record
         self._loader.submit(job)
 
@@ -65,5 +71,5 @@ class Readings:
             if outcome.job.weights:
                 protect = self._protect.pop(record.key, protect)
                 self._reads.pop(record.key, None)
-                self._local -= outcome.job.source.is_local
+                self._local -= outcome.job.is_local
             yield record, outcome, protect

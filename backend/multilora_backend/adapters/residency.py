@@ -130,7 +130,8 @@ class Residency:
             self._lost(record, error)
             return
         generation = int(self.pool.generation[place.slot])
-        lease = Lease(record.key, weights.version, place.slot, place.rank_start, place.rank, generation)
+        start, rank = place.rank_start, place.rank
+        lease = Lease(record.key, weights.version, place.slot, start, rank, generation, weights.invocation)
         self._transfers[record.key] = _OnItsWay(transfer, lease, weights.nbytes, self._books.clock())
 
     def take_in(self) -> None:

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 
 from multilora_backend.adapters.books import Event, Happened
 from multilora_backend.adapters.entry import AdapterEntry, Origin
+from multilora_backend.adapters.jobs import Purpose
 from multilora_backend.adapters.lifecycle import Lifecycle
-from multilora_backend.adapters.loader import Purpose
-from multilora_backend.adapters.state import AdapterRecord, AdapterState
+from multilora_backend.adapters.polled import Polled
+from multilora_backend.adapters.state import AdapterRecord, AdapterState, Chosen
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Polled:
-    failed: list[str] = field(default_factory=list)
-    """Keys that cannot be served: whoever waits for them ends with `AdapterManager.reason`."""
-    moved: list[tuple[str, str]] = field(default_factory=list)
-    """Keys of which nothing is left, and what those of their holders go on with who have no output yet."""
-    read: list[AdapterRecord] = field(default_factory=list)
-    """Whose version is known now."""
 
 
 class Revisions:
@@ -56,7 +46,7 @@ class Revisions:
 
     def add(self, entry: AdapterEntry) -> AdapterRecord:
         """A new revision: current if no other one can serve, else a candidate, which replaces an older candidate."""
-        record = self._new(entry)
+        record = self.new(entry)
         current = self.current.get(entry.name)
         if current is None or current.state is AdapterState.FAILED or not current.version:
             self.promote(record)
@@ -65,9 +55,18 @@ class Revisions:
             self._candidates[entry.name] = record
         return record
 
+    def new(self, entry: AdapterEntry, parts: Chosen = ()) -> AdapterRecord:
+        """One that nobody asks for by its name yet. `parts`: of a composition."""
+        records = self._all.setdefault(entry.name, [])
+        serial = int(records[-1].key.partition("@")[2] or 1) + 1 if records else 1
+        record = AdapterRecord(entry.name if serial == 1 else f"{entry.name}@{serial}", entry, parts)
+        records.append(record)
+        self._life.books.add(record)
+        return record
+
     def restore(self, entry: AdapterEntry, version: str) -> AdapterRecord:
         """A retired revision of an earlier run of the server; somebody must hold it."""
-        record = self._new(entry)
+        record = self.new(entry)
         self._life.books.set_version(record, version)
         record.retired = True
         return record
@@ -101,6 +100,8 @@ class Revisions:
         self._life.residency.pins.remove(record)
         self._wanted.pop(record.key, None)
         self._life.keep(record)
+        for whole in list(record.wholes.values()):
+            self.retire(whole)
         self.settle(record)
 
     def unload(self, name: str) -> None:
@@ -112,6 +113,8 @@ class Revisions:
     def hold(self, record: AdapterRecord) -> None:
         record.holds += 1
         self._life.keep(record)
+        for part, _ in record.parts if record.holds == 1 else ():
+            self.hold(part)
 
     def drop(self, record: AdapterRecord) -> None:
         """Raises RuntimeError if it is not held."""
@@ -119,6 +122,8 @@ class Revisions:
             raise RuntimeError(f"adapter {record.key}: a hold is given back that is not held")
         record.holds -= 1
         self.settle(record)
+        for part, _ in record.parts if not record.holds else ():
+            self.drop(part)
 
     def settle(self, record: AdapterRecord) -> None:
         """Gives a revision back that nobody needs any more, as soon as nothing of it is under way."""
@@ -128,6 +133,8 @@ class Revisions:
             self._ending[record.key] = record
             return
         self._ending.pop(record.key, None)
+        for part, _ in record.parts:
+            part.wholes.pop(record.key, None)
         records = self._all[record.entry.name]
         records.remove(record)
         if not records:
@@ -160,6 +167,8 @@ class Revisions:
                     polled.read += [record] if record.version else []
                 case Happened.CHANGED:
                     self._changed(record, event, polled)
+                case Happened.STALE:
+                    polled.stale.append(record)
                 case Happened.FAILED:
                     self._failed(record, polled)
         for record in list(self._wanted.values()):
@@ -171,14 +180,6 @@ class Revisions:
         for record in list(self._ending.values()):
             self.settle(record)
         return polled
-
-    def _new(self, entry: AdapterEntry) -> AdapterRecord:
-        records = self._all.setdefault(entry.name, [])
-        serial = int(records[-1].key.partition("@")[2] or 1) + 1 if records else 1
-        record = AdapterRecord(entry.name if serial == 1 else f"{entry.name}@{serial}", entry)
-        records.append(record)
-        self._life.books.add(record)
-        return record
 
     def _found_fine(self, record: AdapterRecord) -> None:
         name = record.entry.name
@@ -211,14 +212,14 @@ class Revisions:
                 return  # which the next poll tells
             successor = self._candidates.get(record.entry.name)
             if successor is None:
-                successor = self._new(record.entry)
+                successor = self.new(record.entry)
                 self._life.learn(successor, outcome)
                 polled.read.append(successor)
             self.promote(successor)
         if successor is None:
             reason = "it was unloaded, and its source has another content now"
             self._life.books.fail(record, reason, passing=False)
-        elif record.holds:  # else it may be gone already
+        elif record.holds and record.state is AdapterState.COLD:  # else it may be gone already, or serves
             polled.moved.append((record.key, successor.key))
 
     def _failed(self, record: AdapterRecord, polled: Polled) -> None:
@@ -237,8 +238,7 @@ class Revisions:
             polled.failed.append(record.key)
 
     def _drop_candidate(self, name: str) -> None:
-        candidate = self._candidates.pop(name, None)
-        if candidate is not None:
+        if (candidate := self._candidates.pop(name, None)) is not None:
             self.retire(candidate)
 
     def _bring(self, record: AdapterRecord) -> None:

@@ -33,6 +33,8 @@ class Kind(str, Enum):
     FOLDER = "folder"
     HUB = "hub"
     URL = "url"
+    PARTS = "parts"
+    """Other adapters, which have sources of their own: the location tells which ones, to people."""
 
 
 @dataclass(frozen=True)

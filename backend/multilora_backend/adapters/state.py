@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 Fingerprint = tuple[tuple[int, int, int] | None, ...]
 """(mtime in ns, size, inode) of each file of an adapter's folder, None for a file that is not there."""
+
+Chosen = tuple[tuple["AdapterRecord", Decimal], ...]
+"""Parts of a composition, and their weights."""
 
 MAX_HISTORY = 16
 """Changes of state that a record remembers."""
@@ -49,6 +53,10 @@ class AdapterRecord:
     """See `core.adapter_name`."""
     entry: AdapterEntry
     """What asked for this revision."""
+    parts: Chosen = ()
+    """Of a composition: the revisions that it is made of."""
+    wholes: dict[str, AdapterRecord] = field(default_factory=dict, init=False)
+    """Compositions that it is a part of, by key."""
 
     state: AdapterState = field(default=AdapterState.COLD, init=False)
     since: float = field(default=0.0, init=False)
@@ -97,6 +105,11 @@ class AdapterRecord:
     last_used: float | None = field(default=None, init=False)
 
     @property
+    def title(self) -> str:
+        """As a client named it."""
+        return self.entry.source.text if self.parts else self.entry.name
+
+    @property
     def ends(self) -> bool:
         """Nobody will ask for it again."""
         return self.retired and not self.holds and not self.leases
@@ -131,6 +144,8 @@ class Lease:
     rank: int
     generation: int = 0
     """No two adapters that were ever in this slot have the same; see `DevicePool.generation`."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from which on it acts; empty: everywhere."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.peft import WEIGHTS
-from multilora_backend.adapters.revisions import Polled
+from multilora_backend.adapters.polled import Polled
 from multilora_backend.adapters.sources import Roots, parse_source
 from multilora_backend.adapters.statefile import StateFile
 from multilora_backend.adapters.watcher import Watcher
@@ -99,7 +99,7 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
         waiting = engine.scheduler.waiting_for(key)
         # What has output cannot go on with other weights: it would be half of one and half of another adapter.
         begun = {sequence.key[:2] for sequence in waiting if sequence.num_output_tokens}
-        name = engine.adapters.records[key].entry.name
+        name = engine.adapters.records[key].title
         message = f"LoRA {name} was changed at its source while this request waited to go on with what it was before"
         engine.fail([s for s in waiting if s.key[:2] in begun], ErrorCode.UNAVAILABLE, message)
         for sequence in waiting:

@@ -8,15 +8,16 @@ to say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from multilora_backend.composition import MAX_LENGTH, Part, is_composed, parse, parse_json, spelled
 from multilora_backend.config import Config
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 from multilora_backend.frontend.sampling import Number
-from multilora_backend.frontend.tensors import shown, string
+from multilora_backend.frontend.tensors import json_value, shown, string
 from multilora_backend.protocol import ModelCard
 
 MAX_NAME_LENGTH = 256
@@ -57,7 +58,7 @@ def read_routing(
 ) -> Routing:
     """`parameters` are all that came with the request, `options` is the JSON. Raises MultiloraError."""
     own = without_reserved(parameters, config)
-    given = {name: string(tensors, name, MAX_NAME_LENGTH) for name in ADAPTER_NAMES}
+    given = {name: string(tensors, name, MAX_LENGTH) for name in ADAPTER_NAMES}
     tenant = _governed("tenant", config.tenant_header, parameters, own, options)
     priority = _governed("request_priority", config.priority_header, parameters, own, options)
     return Routing(
@@ -79,11 +80,25 @@ def printable(field: str, value: object, max_length: int) -> str:
 
 
 def adapter_name(field: str, value: object) -> str:
-    """A client names adapters; a path is refused before anybody looks at it."""
+    """A client names adapters, one or several with weights; a path is refused before anybody looks at it."""
+    if isinstance(value, str) and is_composed(value) and value.lstrip()[:1] in ("{", "["):
+        value = json_value(field, value)
+    if isinstance(value, dict | list):
+        return _composed(field, parse_json(field, value))
+    if isinstance(value, str) and is_composed(value):
+        return _composed(field, parse(field, value))
     name = printable(field, value, MAX_NAME_LENGTH)
     if "/" in name or "\\" in name or ".." in name:
         raise invalid(field, f"must be the name of an adapter, not a path, got {shown(name)}")
     return name
+
+
+def _composed(field: str, parts: Iterable[Part]) -> str:
+    """The one spelling that the engine gets."""
+    text = spelled(replace(part, name=adapter_name(field, part.name)) for part in parts)
+    if len(text) > MAX_LENGTH:
+        raise invalid(field, f"must have at most {MAX_LENGTH} characters, got {len(text)}")
+    return text
 
 
 def _adapter(levels: list[Mapping[str, object]], card: ModelCard) -> str:

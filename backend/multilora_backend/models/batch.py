@@ -73,6 +73,11 @@ class Batch:
         first_page = np.repeat(page_starts[:-1], counts)
         leases = [slot.sequence.lease for slot in slots]
         adapters = np.array([-1 if lease is None else lease.slot for lease in leases], dtype=np.int32)
+        adapter_slots: Ints = np.repeat(adapters, counts)
+        for i, slot in enumerate(slots):
+            if slot.sequence.adapter_start > slot.start:
+                first = int(row_starts[i])
+                adapter_slots[first : first + min(slot.sequence.adapter_start - slot.start, slot.count)] = -1
         sample_slots = [i for i, slot in enumerate(slots) if slot.samples]
         token_ids = np.fromiter(chain.from_iterable(_tokens(slot) for slot in slots), np.int32)
         sources = np.full(len(token_ids), -1, dtype=np.int32)
@@ -86,7 +91,7 @@ class Batch:
             sources=sources,
             positions=positions,
             write_slots=pages[first_page + positions // page_size] * page_size + positions % page_size,
-            adapter_slots=np.repeat(adapters, counts),
+            adapter_slots=adapter_slots,
             row_starts=row_starts,
             context_lens=lens,
             page_starts=page_starts,

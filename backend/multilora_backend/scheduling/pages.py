@@ -3,7 +3,8 @@
 
 A full page is known by a chain hash over (root, tokens so far), where the root is the adapter's version: the
 K and V of a token depend on the adapter, so adapters never share pages, and a changed adapter never finds
-the pages of its predecessor.
+the pages of its predecessor. An adapter that acts on a part of the prompt only shares what is before that with the
+base model: the root comes in at the first page that has a token which the adapter acts on.
 
 Page 0 is the trash page: padding rows write there and page tables are padded with it. It is never handed out.
 """
@@ -134,8 +135,12 @@ class PageTable:
     def _chain(self, sequence: Sequence, root: bytes, count: int) -> list[bytes]:
         """Chain hashes of the first `count` pages; those that the sequence already knows are not computed again."""
         hashes = sequence.page_hashes[:count]
-        parent = hashes[-1] if hashes else root
+        parent = hashes[-1] if hashes else b""
+        start = sequence.adapter_start
         for i in range(len(hashes), count):
+            if i == start // self.page_size:
+                # Where in the page it starts depends on tokens behind it: the invocation may go on there.
+                parent += root + start.to_bytes(8, "little") if start else root
             tokens = array("q", sequence.token_ids[i * self.page_size : (i + 1) * self.page_size])
             parent = hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
             hashes.append(parent)

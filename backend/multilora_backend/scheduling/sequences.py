@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from multilora_backend.adapters.activation import first_active
 from multilora_backend.core import FinishReason, Sequence, SequenceStatus
 from multilora_backend.scheduling.handovers import Turn
 from multilora_backend.scheduling.host import HostPages
@@ -74,6 +75,8 @@ class Sequences:
         root = sequence.lease.version.encode()
         if root != sequence.root and (sequence.pages or sequence.host_pages):
             self.memory.discard(sequence)
+        if root != sequence.root:
+            sequence.adapter_start = first_active(sequence.token_ids[: sequence.prompt_len], sequence.lease.invocation)
         sequence.root = root
         return True
 

@@ -15,7 +15,8 @@ import pytest
 from file_server import FileServer, serve_files
 from multilora_backend.adapters import cache, remote
 from multilora_backend.adapters.cache import default_cache_dir, fetch
-from multilora_backend.adapters.loader import Job, Purpose, ThreadLoader
+from multilora_backend.adapters.jobs import Job, Purpose
+from multilora_backend.adapters.loader import ThreadLoader
 from multilora_backend.adapters.sources import Kind, Source
 from multilora_backend.errors import ErrorCode, MultiloraError
 

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from adapter_bench import BYTES_PER_RANK, Bench, version_of, weights_of
+from adapter_bench import BYTES_PER_RANK, Bench, version_of
 from adapter_holders import Holder, Holders
+from composition_bench import content_of
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.errors import MultiloraError
@@ -20,6 +21,7 @@ RANKS = 32
 names = st.sampled_from([*CONFIGURED, *LOADED])
 folders = st.sampled_from(FOLDERS)
 contents = st.integers(1, 40) | st.sampled_from(["broken", OSError("away")])
+WEIGHTS = ("0.5", "-1", "2", "1", "0")
 ACTIVE, FAILED = AdapterState.ACTIVE, AdapterState.FAILED
 
 
@@ -64,6 +66,15 @@ class Life(RuleBasedStateMachine):
         except MultiloraError:
             return
         self.holders.add(key)
+
+    @rule(parts=st.dictionaries(names | st.sampled_from(ALIASES), st.sampled_from(WEIGHTS), min_size=2, max_size=3))
+    def submit_composed(self, parts):
+        try:
+            key = self.manager.resolve(",".join(f"{name}:{weight}" for name, weight in parts.items()))
+        except MultiloraError:
+            return
+        if key:
+            self.holders.add(key)
 
     @rule(data=st.data(), protect=st.sets(names))
     def request(self, data, protect):
@@ -164,7 +175,7 @@ class Life(RuleBasedStateMachine):
                 slot, record = holder.lease.slot, self.manager.records[holder.key]
                 assert record.state is ACTIVE
                 assert pool.generation[slot] == holder.lease.generation
-                site = weights_of(*self.written[holder.version]).sites[0]
+                site = content_of(record, self.written).sites[0]
                 start = int(pool.rank_start[slot])
                 rows = slice(start, start + padded(int(pool.rank[slot])))
                 assert torch.equal(pool.a[0][rows], site.a)
@@ -191,14 +202,18 @@ class Life(RuleBasedStateMachine):
         for key, record in records.items():
             mine = self.holders.of(key)
             assert record.leases == sum(s.lease is not None for s in mine)
-            assert record.holds == len(mine) + by_alias.count(record)
+            wholes = [whole for whole in record.wholes.values() if whole.holds]
+            assert record.holds == len(mine) + by_alias.count(record) + len(wholes)
+            assert all(records[whole.key] is whole for whole in record.wholes.values())
+            assert all(part.wholes[key] is record for part, _ in record.parts)
+            assert not record.parts or record.retired or not any(part.retired for part, _ in record.parts)
         assert manager.held == len(self.holders.all)
         for name in manager.names():
             assert manager.records[manager.show(name).key].entry.name == name
         current = {record.key for record in manager.revisions.current.values()}
         candidates = {record.key for record in manager.revisions._candidates.values()}
         rest = [records[key] for key in records.keys() - current - candidates]
-        assert all(record.retired for record in rest)
+        assert all(record.retired or record.parts for record in rest)
         assert all(not record.ends or record.key in manager.revisions._ending for record in rest)
 
     def teardown(self):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from multilora_backend.adapters.catalogue import Catalogue
-from multilora_backend.adapters.loader import Job, Purpose, ThreadLoader
+from multilora_backend.adapters.jobs import Job, Purpose
+from multilora_backend.adapters.loader import ThreadLoader
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.ranks import padded

@@ -42,7 +42,7 @@ REFUSED_VALUES = {
     "bias": "some",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
-    "alora_invocation_tokens": [5],
+    "alora_invocation_tokens": [-5],
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},

@@ -84,3 +84,47 @@ def test_bad_headers_are_named(routed, refused, parameters: dict, message: str):
 def test_only_header_names_can_be_configured(name: str, value: str):
     with pytest.raises(MultiloraError, match=f"^{name}: must be the name of an HTTP header"):
         Config(**{name: value})
+
+
+SUM = "a:0.7,b:0.3"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [SUM, "b:0.3, a:7e-1", '{"b": 0.3, "a": 0.7}', '[{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}]'],
+)
+def test_sums_of_adapters_have_one_spelling(parse, said: str):
+    assert parse(text_input="x", lora_name=said).adapter == SUM
+    assert parse({"adapter": said}, text_input="x").adapter == SUM
+    assert parse(text_input="x", sampling_parameters={"lora_name": said}).adapter == SUM
+
+
+def test_sums_of_adapters_as_json(parse):
+    for said in ({"b": 0.3, "a": 0.7}, [{"name": "b", "weight": 0.3}, {"name": "a", "weight": 0.7}]):
+        assert parse(text_input="x", sampling_parameters={"lora_name": said}).adapter == SUM
+    assert parse(text_input="x", sampling_parameters={"lora_name": {"a@5f0c8e": 1}}).adapter == "a@5f0c8e"
+    assert parse(text_input="x", sampling_parameters={"lora_name": SUM, "adapter": {"b": 0.3, "a": 0.7}}).adapter == SUM
+
+
+def test_names_that_look_like_json_are_names(parse):
+    assert parse(text_input="x", lora_name="{x}").adapter == "{x}"
+    assert parse(text_input="x", lora_name="[a]").adapter == "[a]"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("a:x,b:1", "lora_name: the weight of 'a' must be a number, got 'x'"),
+        ("../a:1,b:1", "lora_name: must be the name of an adapter, not a path, got '../a'"),
+        ("a\tb:0.5", "lora_name: must have printable characters only"),
+        (f"{'x' * 257}:0.5", "lora_name: must have at most 256 characters, got 257"),
+        ("a:0.5,b:", "lora_name: the weight of 'b' must be a number, got ''"),
+        (",".join(f"{i}{'x' * 240}:0.5" for i in range(8)) + " " * 200, "lora_name: must have at most 2048"),
+        ('{"a": 0.7, "a": 0.8}', "lora_name: has the key 'a' twice with different values"),
+        ('{"a": NaN, "b": 1}', "lora_name: has the value NaN, which JSON does not know"),
+        ('{"a": 0.7', "lora_name: is not JSON"),
+        ('["a", "b"]', "lora_name: must be a name, "),
+    ],
+)
+def test_bad_sums_are_named(parse, refused, said: str, message: str):
+    assert refused(lambda: parse(text_input="x", lora_name=said)).startswith(message)

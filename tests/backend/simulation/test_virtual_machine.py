@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from multilora_backend.adapters.loader import Job, Purpose
+from multilora_backend.adapters.jobs import Job, Purpose
 from multilora_backend.adapters.sources import Kind, Source
 from multilora_backend.core import SamplingParams, Sequence, Slot, StepPlan
 
