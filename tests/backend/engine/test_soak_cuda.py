@@ -154,7 +154,7 @@ def test_soak(folder: Path, device: str):
         device,
         dtype=str(dtype).removeprefix("torch."),
         enable_prefix_caching=True,
-        kv_cache_bytes=44 * PAGE_VALUES * dtype.itemsize,
+        kv_cache_bytes=36 * PAGE_VALUES * dtype.itemsize,
         adapter_device_bytes=80 * RANK_VALUES * dtype.itemsize,
         adapter_host_bytes=80 * RANK_VALUES * dtype.itemsize,
         max_overtake_s=0.05,
