@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.peft import fingerprint
 from multilora_backend.adapters.sources import Kind, Roots, Source, parse_source
 from multilora_backend.core import COMPOSED
+from multilora_backend.documents import UniqueKeys, without_duplicates
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _from_file(file: Path, roots: Roots) -> Iterator[AdapterEntry]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
-            content = json.loads(text, object_pairs_hook=_without_duplicates)
+            content = json.loads(text, object_pairs_hook=without_duplicates)
         else:
             content = yaml.load(text, Loader=UniqueKeys)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -196,21 +197,3 @@ def _entry(name: Any, said: dict[str, Any], file: Path, roots: Roots) -> Adapter
         raise MultiloraError(error.code, f"adapters: {file}: {name!r}: {error.message}") from error
     found = fingerprint(source.location) if source.is_local else None
     return AdapterEntry(name, source, pinned=pinned, tenants=tuple(tenants), fingerprint=found)
-
-
-def _without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Both parsers would let the last of two equal names win, in silence."""
-    mapping: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in mapping:
-            raise ValueError(f"the name {key!r} occurs twice")
-        mapping[key] = value
-    return mapping
-
-
-class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if all(isinstance(key, Hashable) for key in keys):
-            _without_duplicates([(key, None) for key in keys])
-        return super().construct_mapping(node, deep)

@@ -15,13 +15,12 @@ from decimal import Decimal
 import torch
 
 from multilora_backend.adapters.jobs import Job, Outcome, Purpose
-from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
+from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
 from multilora_backend.composition import plain
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
 Compose = Callable[[Sequence[tuple[AdapterWeights, Decimal]]], AdapterWeights]
-VERSION_DIGITS = 32
 NOT_A_SUM = "an adapter with DoRA, trained biases, norms, embeddings, heads or tokens cannot be part of a sum"
 
 

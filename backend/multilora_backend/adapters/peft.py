@@ -18,7 +18,7 @@ from multilora_backend.adapters.affine import fill_affine
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
-from multilora_backend.adapters.layout import AdapterWeights, SiteWeights, allocate
+from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
 from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
@@ -35,7 +35,6 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 PICKLED_REFUSED = f"{PICKLED}: pickled weights can run code and are refused; save as {WEIGHTS}"
 MAX_CONFIG_BYTES = 16 * 2**20
-VERSION_DIGITS = 32
 PLANS_KEPT = 64
 """Adapters that were trained alike have the same plan. Making one, 7 ms of Python at 8B, holds up the step loop."""
 

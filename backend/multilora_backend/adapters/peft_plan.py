@@ -77,7 +77,8 @@ def plan_adapter(
     `base` None: the weights of the base model are not known, so what depends on them is refused.
     """
     places = {m: (i, j) for i, site in enumerate(sites) if not site.parameter for j, m in enumerate(site.modules)}
-    for module in places:
+    with_lora = {*places, *parameter_modules(sites)}
+    for module in with_lora:
         if config.saves(module):
             raise MultiloraError(
                 ErrorCode.UNSUPPORTED, f"modules_to_save: full weights of linears ({module}) are not supported"
@@ -86,7 +87,6 @@ def plan_adapter(
         if base is None and getattr(config, field):
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{field}: needs the base model, which is not loaded")
     check_parameters(config, sites)
-    with_lora = {*places, *parameter_modules(sites)}
     kinds = _kinds(places, with_lora, base)
     found = Found(tensors, lambda module: kinds.get(_plain(module), frozenset()))
     own = targets(config, sites, found.modules)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multilora_backend.documents import without_duplicates
 from multilora_backend.errors import MultiloraError, invalid
 
 ITEMSIZE = {
@@ -77,7 +78,7 @@ def parse_header(header: Header, label: str) -> dict[str, TensorInfo]:
     """What is in the file, by name. Raises MultiloraError unless it is a whole safetensors file; `label` names it."""
     raw, size = header.raw[8:], header.file_size
     try:
-        entries = json.loads(raw, object_pairs_hook=_unique)
+        entries = json.loads(raw, object_pairs_hook=without_duplicates)
         if not isinstance(entries, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -141,10 +142,3 @@ def _info(name: str, entry: Any, begin: int, label: str) -> TensorInfo:
     if math.prod(shape) * ITEMSIZE[dtype] != stop - start:
         raise corrupt(f"{stop - start} bytes for {dtype} {list(shape)}")
     return TensorInfo(name, dtype, tuple(shape), begin + start, begin + stop)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return mapping

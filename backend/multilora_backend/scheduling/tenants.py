@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from multilora_backend.adapters.catalogue import UniqueKeys
+from multilora_backend.documents import UniqueKeys
 from multilora_backend.errors import MultiloraError, invalid
 
 STANDARD = "standard"

@@ -66,3 +66,14 @@ def test_memory_of_one_file_serves_the_next_and_shows_nothing_of_it(save, monkey
     huge = data_of(paths[2])
     assert huge.tobytes() == paths[2].read_bytes()
     assert huge.ctypes.data != small.ctypes.data
+
+
+def test_a_name_that_occurs_twice_in_a_header_is_no_choice_of_ours(tmp_path):
+    entry = '"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    raw = f"{{{entry}, {entry}}}".encode()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with path.open("rb") as file:
+        header = read_header(file, "f")
+    with pytest.raises(MultiloraError, match=r"^f: is corrupt: .*the name 'x' occurs twice"):
+        parse_header(header, "f")

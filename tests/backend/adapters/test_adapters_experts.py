@@ -147,3 +147,11 @@ def test_tensors_that_do_not_fit(change: dict[str, Any], match: str, save, sites
 def test_what_the_model_does_not_have(save):
     folder, _ = save(**FORMS["both"])
     refused(folder, sites_of(experts=False), "^target_parameters: 'experts.*lora_experts")
+
+
+@pytest.mark.parametrize("name", ["gate", "experts"])
+def test_full_weights_of_routers_and_experts(name: str, save, sites: list[LoraSite]):
+    folder, _ = save(**FORMS["down alone"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": [name]}))
+    refused(folder, sites, f"^modules_to_save: full weights of .*mlp.{name}")

@@ -79,3 +79,10 @@ def test_adapters_of_transformers_4_that_are_refused(tmp_path: Path):
     del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.4.w3.lora_B.weight"]
     save_file(tensors, path)
     refused(tmp_path, sites_of(), "layers.1.mlp.experts.4.w3.lora_B: is missing .* target_modules")
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_what_experts_cannot_have_is_not_dropped_in_silence(field: str, tmp_path: Path):
+    """Without magnitudes or biases in the file, the config alone tells."""
+    folder = save_former(tmp_path, ["w1", "w2", "w3"], **{field: True})
+    refused(folder, sites_of(), f"^{field}: PEFT has none on experts and routers")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.jobs import Job, Purpose
-from multilora_backend.adapters.loader import ThreadLoader
+from multilora_backend.adapters.loader import SWITCH_INTERVAL_S, ThreadLoader
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.ranks import padded
@@ -224,3 +225,15 @@ def test_close_drops_what_has_not_begun(tmp_path, loaders):
     closing.join(TIMEOUT_S)
     assert not closing.is_alive()
     assert len(seen) <= 2
+
+
+def test_the_step_loop_gets_the_interpreter_back_soon(loaders):
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        loaders(read_adapter, check_adapter, 0, lambda: None)
+        assert sys.getswitchinterval() == pytest.approx(0.005), "without threads nobody is in the way"
+        loaders(read_adapter, check_adapter, 1, lambda: None)
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+    finally:
+        sys.setswitchinterval(before)

@@ -1,101 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine without sockets: what a request gets does not depend on its company, and its end harms nobody."""
+"""The engine without sockets: what a request gets does not depend on its company."""
 
 from __future__ import annotations
 
-import shutil
-import time
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
-import tiny_models
-from multilora_backend.config import Config
-from multilora_backend.core import FinishReason, SamplingParams
-from multilora_backend.engine.engine import Engine
-from multilora_backend.errors import ErrorCode
-from multilora_backend.protocol import Abort, Failed, Outputs, Submit
+from engine_bench import ADAPTERS, GREEDY, PROMPTS, Driver
+from multilora_backend.core import SamplingParams
 
-ADAPTERS = {
-    "small": {"r": 3},
-    "attention": {"r": 7, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_alpha": 14},
-    "rank-stabilised": {"r": 16, "use_rslora": True, "lora_alpha": 6},
-}
-GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
-PROMPTS = {"": [5, 6, 7], "small": [9, 8, 7, 6, 5, 4, 3], "attention": [5, 6, 7], "rank-stabilised": list(range(3, 40))}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny_models.save_llama(root / "model")
-    for seed, (name, lora) in enumerate(ADAPTERS.items()):
-        tiny_models.save_adapter(root / "model", root / "adapters" / name, seed, **lora)
-    return root
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> dict[str, list[int]]:
-    return {
-        name: tiny_models.greedy(folder / "model", folder / "adapters" / name if name else None, prompt, 9)
-        for name, prompt in PROMPTS.items()
-    }
-
-
-MODES = [
-    {"lora_strategy": "grouped", "async_scheduling": "false"},
-    {"lora_strategy": "reference", "async_scheduling": "true"},
-    {"lora_strategy": "bordered", "async_scheduling": "true"},
-]
-
-
-@pytest.fixture(autouse=True, params=MODES, ids=lambda mode: "-".join(mode.values()))
-def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds whatever computes LoRA, and with a step launched before the last one's results are read."""
-    monkeypatch.setattr(Driver, "MODE", request.param)
-
-
-class Driver:
-    """Submits, steps and collects, as the server does."""
-
-    MODE: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, folder: Path, **settings) -> None:
-        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu", **self.MODE}
-        self.engine = Engine(Config(**{**defaults, "block_size": 4, **settings}), wake=lambda: None)
-        self.tokens: dict[tuple[int, int], list[int]] = {}
-        self.reasons: dict[tuple[int, int], FinishReason] = {}
-        self.failed: dict[int, Failed] = {}
-        self.outputs: list = []
-
-    def submit(self, request_id: int, prompt: list[int], sampling: SamplingParams, adapter: str = "", **more) -> None:
-        self.engine.submit("front", Submit(request_id, prompt, sampling, adapter, **more))
-
-    def step(self) -> bool:
-        busy = self.engine.step()
-        for message in self.engine.take_replies().get("front", []):
-            if isinstance(message, Failed):
-                self.failed[message.request_id] = message
-            elif isinstance(message, Outputs):
-                for item in message.items:
-                    key = (item.request_id, item.index)
-                    self.outputs.append(item)
-                    self.tokens.setdefault(key, []).extend(item.token_ids)
-                    if item.finish_reason is not None:
-                        self.reasons[key] = item.finish_reason
-        return busy
-
-    def run(self) -> Driver:
-        deadline = time.monotonic() + 60
-        self.step()
-        while not self.engine.idle:
-            assert time.monotonic() < deadline
-            if not self.step():
-                time.sleep(0.002)  # a load is under way
-        self.engine.check_idle()
-        return self
+pytestmark = pytest.mark.usefixtures("mode")
 
 
 def test_a_mixed_batch_says_what_transformers_and_peft_say(folder: Path, expected: dict):
@@ -246,47 +162,6 @@ def test_logprobs_come_with_every_token(folder: Path):
         assert item.cumulative_logprob == pytest.approx(total)
 
 
-def test_abort_takes_one_sequence_or_all_and_frees_at_once(folder: Path):
-    driver = Driver(folder)
-    driver.submit(0, [5, 6], SamplingParams(n=3, max_tokens=50, ignore_eos=True))
-    driver.submit(1, [5, 6], GREEDY, "small")
-    driver.step()
-    driver.engine.abort("front", Abort(0, 1))
-    driver.step()
-    assert {s.key[1:] for s in driver.engine.scheduler.running.values()} >= {(0, 0), (0, 2)}
-    assert driver.engine.scheduler.find(("front", 0, 1)) is None
-    driver.engine.abort("front", Abort(0))
-    driver.engine.abort("front", Abort(99))
-    driver.run()
-    assert len(driver.tokens[1, 0]) == 9
-
-
-def test_a_front_end_that_leaves_takes_its_requests_along(folder: Path):
-    driver = Driver(folder)
-    driver.submit(0, [5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
-    driver.step()
-    driver.engine.drop_frontend("front")
-    assert not driver.engine.scheduler.has_work
-    driver.engine.check_idle()
-
-
-def test_refusals_name_field_and_limit(folder: Path):
-    driver = Driver(folder, max_waiting=2)
-    driver.submit(0, [5], GREEDY, "nobody")
-    driver.submit(1, [5] * 128, GREEDY)
-    driver.submit(2, [], GREEDY)
-    driver.submit(3, [61], GREEDY)
-    driver.submit(4, [5], SamplingParams(n=3))
-    driver.run()
-    known = list(ADAPTERS)
-    assert driver.failed[0].message == f"LoRA nobody is not supported, we currently support {sorted(known)}"
-    assert driver.failed[1].message == "text_input: must be 1 to 127 tokens, got 128"
-    assert driver.failed[2].code is ErrorCode.INVALID_ARG
-    assert "vocabulary's 61" in driver.failed[3].message
-    assert driver.failed[4].code is ErrorCode.UNAVAILABLE
-    assert "max_waiting" in driver.failed[4].message
-
-
 def test_without_adapters_lora_is_off(folder: Path, expected: dict):
     driver = Driver(folder, adapters="")
     driver.submit(0, [5], GREEDY, "small")
@@ -294,66 +169,6 @@ def test_without_adapters_lora_is_off(folder: Path, expected: dict):
     driver.run()
     assert driver.failed[0].message == "LoRA feature is not enabled."
     assert driver.tokens[1, 0] == expected[""]
-
-
-def test_a_broken_adapter_fails_its_requests_only(folder: Path, expected: dict, tmp_path: Path):
-    shutil.copytree(folder / "adapters", tmp_path / "adapters")
-    weights = tmp_path / "adapters" / "attention" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
-    driver = Driver(folder, adapters=str(tmp_path / "adapters"))
-    for i, (name, prompt) in enumerate(PROMPTS.items()):
-        driver.submit(i, prompt, GREEDY, name)
-    driver.run()
-    assert list(driver.failed) == [[*PROMPTS].index("attention")]
-    assert "attention could not be loaded" in next(iter(driver.failed.values())).message
-    for i, name in enumerate(PROMPTS):
-        assert name == "attention" or driver.tokens[i, 0] == expected[name]
-    driver.submit(9, [5], GREEDY, "attention")
-    assert 9 not in driver.run().tokens, "the second request is refused at once"
-    assert driver.engine.stats().adapters_by_state["failed"] == 1
-
-
-def test_a_step_that_dies_ends_its_requests_and_nothing_else(folder: Path, expected: dict):
-    driver = Driver(folder)
-    launch = driver.engine.runner.launch
-
-    def die(plan):
-        raise RuntimeError("out of luck")
-
-    driver.submit(0, PROMPTS[""], GREEDY)
-    driver.engine.runner.launch = die
-    driver.step()
-    driver.engine.runner.launch = launch
-    driver.submit(1, PROMPTS["small"], GREEDY, "small")
-    driver.run()
-    assert driver.failed[0].message == "the step failed: RuntimeError: out of luck"
-    assert driver.tokens[1, 0] == expected["small"]
-
-
-def test_a_step_whose_results_cannot_be_read_ends_its_requests_and_nothing_else(folder: Path, expected: dict):
-    driver = Driver(folder)
-    launch = driver.engine.runner.launch
-
-    def launch_broken(plan):
-        broken = launch(plan)
-        broken_steps.append(broken)
-        broken.pending.result = die
-        return broken
-
-    def die():
-        raise RuntimeError("out of luck")
-
-    broken_steps: list = []
-    driver.submit(0, PROMPTS[""], GREEDY)
-    driver.engine.runner.launch = launch_broken
-    driver.step()
-    driver.engine.runner.launch = launch
-    driver.submit(1, PROMPTS["small"], GREEDY, "small")
-    driver.run()
-    assert len(broken_steps) == 1
-    assert driver.failed[0].message == "the step failed: RuntimeError: out of luck"
-    assert 0 not in {request_id for request_id, _ in driver.tokens}
-    assert driver.tokens[1, 0] == expected["small"]
 
 
 def test_stats_tell_what_happened(folder: Path):
