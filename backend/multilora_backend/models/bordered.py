@@ -75,7 +75,8 @@ class Bordered(Grouped):
             h_start[key[0]] = start
         pool = self._pool
         segments = plan_segments(batch.adapter_slots, pool.rank_start, pool.rank, block_m or DECODE_BLOCK_M, h_start)
-        return LoraStep(segments, placement.tier, placement.moves, prompts, self.extras.plan(batch, segments))
+        extras, experts = self.extras.plan(batch, segments), self.acts_on_experts(batch)
+        return LoraStep(segments, placement.tier, placement.moves, prompts, extras, experts)
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
         yield from super().variants(rows)

@@ -53,7 +53,7 @@ class LoraStep:
     extras: ExtrasStep | None = None
     """None: no adapter of the step has any, and nothing is launched for them."""
     experts: bool = False
-    """Launches LoRA on experts whether an adapter has any or not: for warm-up."""
+    """Whether one of its adapters acts on experts; else nothing is launched for them."""
 
 
 class LoraStrategy(Protocol):
@@ -157,13 +157,13 @@ class Grouped(NoLora):
         rows = batch.adapter_slots
         block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
-        return LoraStep(segments if segments.max_rank else None, extras=self.extras.plan(batch, segments))
+        extras, experts = self.extras.plan(batch, segments), self.acts_on_experts(batch)
+        return LoraStep(segments if segments.max_rank else None, extras=extras, experts=experts)
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         self._segments = segments
         self.extras.enter(step.extras, segments)
-        active = () if step.segments is None else step.segments.active
-        self._on_experts = step.experts or bool(self._pool.on_experts[list(active)].any())
+        self._on_experts = step.experts
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         y, _ = super().project(linear, x)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_bench import RANKS, SITES, TARGETS, Bench, batch_of, decode_of
+from multilora_backend.models.batch import Batch
 from multilora_backend.models.lora import NoLora
 from multilora_backend.models.strategies import STRATEGIES, create_strategy
 
@@ -87,6 +88,16 @@ def test_rows_without_adapter_stay_bit_for_bit(strategy: str, device: str, dtype
         base, delta = NoLora().project(bench.linears[site], x)
         assert delta is None
         assert torch.equal(bench.compute(site, x)[without], base[without])
+
+
+@pytest.mark.parametrize("batch", [decode_of(1, -1, 0), batch_of((1, 5), (-1, 3), (0, 2))], ids=["decodes", "chunks"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_is_on_experts_if_one_of_its_adapters_is(strategy: str, batch: Batch):
+    bench = Bench(strategy, "cpu", torch.float32)
+    bench.pool.on_experts[2] = True
+    assert not bench.strategy.plan(batch).experts, "although a resident adapter is"
+    bench.pool.on_experts[0] = True
+    assert bench.strategy.plan(batch).experts
 
 
 def test_without_a_pool_lora_is_off():
