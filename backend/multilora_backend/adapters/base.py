@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from multilora_backend.adapters.base_files import base_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 """Names of the two modules that have a row for every token, in all models that are served."""
@@ -28,6 +32,22 @@ class BaseLinear(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class BaseIdentity:
+    """By what an adapter may have recorded which model it was trained on."""
+
+    class_name: str
+    """Of transformers, as LlamaForCausalLM."""
+    settings: Mapping[str, Any]
+    """As in config.json."""
+    folder: Path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Raises MultiloraError or OSError if the folder's weights cannot be read any more."""
+        return base_fingerprint(self.folder)
+
+
+@dataclass(frozen=True, eq=False)
 class BaseModel:
     """Weights may be on the meta device where adapters are only checked."""
 
@@ -41,6 +61,8 @@ class BaseModel:
     """[vocabulary, hidden], likewise."""
     token_id: Callable[[str], int | None] | None = None
     """The id of a token in the base model's tokenizer; None of it: there is no tokenizer."""
+    identity: BaseIdentity | None = None
+    """None: nothing is known of it."""
 
     @property
     def tied(self) -> bool:

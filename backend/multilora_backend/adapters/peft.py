@@ -6,9 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,15 @@ from multilora_backend.adapters.affine import fill_affine
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
+from multilora_backend.adapters.initial import (
+    convert,
+    converted_config,
+    converted_header,
+    initial_folder,
+    require_initial,
+)
 from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
+from multilora_backend.adapters.lineage import BASE_CONFIG, check_base_config, check_recorded, check_vocabulary
 from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
@@ -59,10 +70,8 @@ def check_adapter(
 ) -> AdapterPlan:
     """All checks that need no weights: reads the config and the header. Raises as `read_adapter` does."""
     config = PeftConfig.parse(_read_config(folder, inside))
-    with member(folder, WEIGHTS, inside).open("rb") as file:
-        plan = _plan(config, read_header(file, WEIGHTS), tuple(sites), base)
-    _check_tokens(folder, plan, inside, base)
-    return plan
+    with open_weights(folder, config, inside) as weights:
+        return _checked(folder, weights, tuple(sites), inside, base)
 
 
 def read_adapter(
@@ -84,15 +93,12 @@ def read_adapter(
     """
     text = _read_config(folder, inside)
     config = PeftConfig.parse(text)
-    with member(folder, WEIGHTS, inside).open("rb") as file:
-        header = read_header(file, WEIGHTS)
-        plan = _plan(config, header, tuple(sites), base)
-        _check_tokens(folder, plan, inside, base)
-        data = read_data(file, header, WEIGHTS)
-    content = hashlib.sha256(data.data)  # which CPUs have instructions for: half the time of blake2b
+    with open_weights(folder, config, inside) as opened:
+        plan = _checked(folder, opened, tuple(sites), inside, base)
+        data, content = opened.read()
     if sha256:
-        check_sha256(content.hexdigest(), sha256)
-    version = hashlib.sha256(text + content.digest()).hexdigest()[:VERSION_DIGITS]
+        check_sha256(content[0].hex(), sha256)
+    version = hashlib.sha256(text + b"".join(content)).hexdigest()[:VERSION_DIGITS]
     ranks: Counter[int] = Counter()
     for part in plan.parts:
         copies = max(sites[part.site].experts, 1) if part.expert is None else 0
@@ -112,9 +118,65 @@ def read_adapter(
     return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation)
 
 
+@dataclass(frozen=True)
+class OpenWeights:
+    """An adapter's file, or what PEFT would make of it and the initial adapter's: see `initial`."""
+
+    config: PeftConfig
+    header: Header
+    read: Callable[[], tuple[NDArray[np.uint8], tuple[bytes, ...]]]
+    """The file's content, until the next read in this thread, and the SHA-256 of each file that was read."""
+
+
+@contextmanager
+def open_weights(folder: Path, config: PeftConfig, inside: Sequence[Path]) -> Iterator[OpenWeights]:
+    """Reads the headers. Raises as `read_adapter`."""
+    with ExitStack() as files:
+        file = files.enter_context(member(folder, WEIGHTS, inside).open("rb"))
+        header = read_header(file, WEIGHTS)
+
+        def read() -> tuple[NDArray[np.uint8], tuple[bytes, ...]]:
+            data = read_data(file, header, WEIGHTS)
+            # Which CPUs have instructions for: half the time of blake2b.
+            return data, (hashlib.sha256(data.data).digest(),)
+
+        if not config.init:
+            yield OpenWeights(config, header, read)
+            return
+        require_initial(folder, config)
+        label = f"{initial_folder(config)}/{WEIGHTS}"
+        other = files.enter_context(member(folder, label, inside).open("rb"))
+        initial = read_header(other, label)
+        result = converted_header(config, header, initial, (WEIGHTS, label))
+
+        def read_both() -> tuple[NDArray[np.uint8], tuple[bytes, ...]]:
+            data, digest = read()
+            data = data.copy()  # or the second file would be read over it
+            first = read_data(other, initial, label)
+            converted = convert(result, header, data, initial, first, label)
+            return converted, (*digest, hashlib.sha256(first.data).digest())
+
+        yield OpenWeights(converted_config(config), result, read_both)
+
+
+def _checked(
+    folder: Path, weights: OpenWeights, sites: tuple[LoraSite, ...], inside: Sequence[Path], base: BaseModel | None
+) -> AdapterPlan:
+    trained_on: Mapping[str, Any] = {}
+    if base is not None and (folder / BASE_CONFIG).exists():
+        trained_on = check_base_config(member(folder, BASE_CONFIG, inside), base)
+    plan = _plan(weights.config, weights.header, sites, base)
+    if base is not None:
+        check_vocabulary(trained_on, base, plan.vocabulary)
+    _check_tokens(folder, plan, inside, base)
+    return plan
+
+
 @lru_cache(maxsize=PLANS_KEPT)
 def _plan(config: PeftConfig, header: Header, sites: tuple[LoraSite, ...], base: BaseModel | None) -> AdapterPlan:
-    plan = plan_adapter(config, parse_header(header, WEIGHTS), sites, base)
+    tensors = parse_header(header, WEIGHTS)
+    check_recorded(config, header, WEIGHTS, base)
+    plan = plan_adapter(config, tensors, sites, base)
     if config.alora_invocation_tokens and plan.extras:
         why = "cannot be combined with DoRA, trained biases, norms, embeddings, heads or tokens"
         raise MultiloraError(ErrorCode.UNSUPPORTED, f"alora_invocation_tokens: {why}")

@@ -7,7 +7,6 @@ is what "right" means, and the tests compare with PEFT itself.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,57 +14,12 @@ from typing import Any, TypeVar
 
 from multilora_backend.adapters import checks
 from multilora_backend.adapters.activation import invocation_tokens
-from multilora_backend.errors import ErrorCode, MultiloraError, invalid
+from multilora_backend.adapters.peft_fields import base_class, converted_init, fields_of, refusals
+from multilora_backend.errors import invalid
 
 T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
-
-HARMLESS = frozenset(
-    {
-        # About training, or notes for people and tools.
-        "lora_dropout",
-        "inference_mode",
-        "task_type",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "runtime_config",
-        # Parameters of options that are refused when they are on.
-        "qalora_group_size",
-        "megatron_core",
-        # About GPT-2's Conv1D, which stores its weight as (in, out). PEFT turns it off for an nn.Linear, and all that
-        # is served here are those.
-        "fan_in_fan_out",
-        # Parameters of initialisations; `init_lora_weights` decides.
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    }
-)
-
-REFUSED = {
-    "layer_replication": "replicated layers make another base model",
-    "use_qalora": "QALoRA is not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "kasa_config": "KaSA changes the base model's weights",
-    "velora_config": "VeLoRA is not supported",
-    "monteclora_config": "MonteCLoRA samples weights, which is not supported",
-    "megatron_config": "Megatron's parallel linears are not supported",
-}
-"""Fields that change what the adapter computes: refused with the reason unless off (null, false or empty)."""
-
-NOT_FOR_PARAMETERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
-"""Fields that PEFT refuses together with target_parameters."""
-
-BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights`, besides true and false, that leave the base model's weights as they are."""
-
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values, or beginnings of values, whose A and B were subtracted from the base model's weights."""
 
 BIASES = ("none", "lora_only", "all")
 """Whose biases were trained: nobody's, those of the linears with LoRA, all of the model's."""
@@ -106,17 +60,22 @@ class PeftConfig:
     """What is done to the embedding is done to a head that shares its weight, and the other way round."""
     alora_invocation_tokens: tuple[int, ...] = ()
     """From their last occurrence in the prompt on the adapter acts; empty: everywhere."""
+    init: str = ""
+    """One of CONVERTED_INITS if A and B belong to a base model without the initial B A; empty: to the base model."""
+    base_class: str = ""
+    """transformers' class of the causal language model that it was trained on; empty if the config does not say."""
 
     @classmethod
     def parse(cls, text: bytes) -> PeftConfig:
         """Raises MultiloraError that names the field if the adapter could not be served exactly as PEFT would."""
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise invalid("adapter_config.json", f"is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise invalid("adapter_config.json", "must be one JSON object")
-        _refuse(fields)
+        fields = fields_of(text)
+        for refusal in refusals(fields, APPLIED):
+            raise refusal
+        return cls.of(fields)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> PeftConfig:
+        """Of fields that are not among the `refusals`. Raises as `parse`."""
         targets, parameters = fields.get("target_modules"), fields.get("target_parameters") or []
         if targets is None and not parameters:
             raise invalid("target_modules", "is required: PEFT's defaults by architecture are not applied")
@@ -139,6 +98,8 @@ class PeftConfig:
             trainable_token_indices=checks.tokens("trainable_token_indices", fields.get("trainable_token_indices")),
             ensure_weight_tying=checks.flag("ensure_weight_tying", fields.get("ensure_weight_tying") or False),
             alora_invocation_tokens=invocation_tokens(fields.get("alora_invocation_tokens")),
+            init=converted_init(fields.get("init_lora_weights")),
+            base_class=base_class(fields.get("auto_mapping")),
         )
         if isinstance(config.target_modules, str) and (config.layers_to_transform or config.layers_pattern):
             raise invalid("layers_to_transform", "cannot be used when target_modules is a string")
@@ -185,35 +146,8 @@ class PeftConfig:
         return match is not None and int(match["idx"]) in self.layers_to_transform
 
 
-def _refuse(fields: dict[str, Any]) -> None:
-    if fields.get("peft_type") != "LORA":
-        raise MultiloraError(
-            ErrorCode.UNSUPPORTED, f"peft_type: only 'LORA' is supported, got {fields.get('peft_type')!r}"
-        )
-    known = {*PeftConfig.__dataclass_fields__, *HARMLESS, "peft_type", "init_lora_weights"}
-    for name, value in fields.items():
-        if name in known or value is None or value is False or value in ("", [], {}):
-            continue
-        why = REFUSED.get(name, f"is not understood (value {checks.short(value)})")
-        raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: {why}")
-    for name in NOT_FOR_PARAMETERS if fields.get("target_parameters") else ():
-        if fields.get(name):
-            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has no {name} with target_parameters")
-    init = fields.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise MultiloraError(
-            ErrorCode.UNSUPPORTED,
-            f"init_lora_weights: {init!r} changes the base model's weights; convert the adapter when saving it "
-            "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)",
-        )
-    if init is not None and not isinstance(init, bool) and str(init).lower() not in BASE_KEEPING_INITS:
-        raise MultiloraError(ErrorCode.UNSUPPORTED, f"init_lora_weights: {checks.short(init)} is not understood")
-    if fields.get("lora_bias") and (fields.get("use_dora") or not (init is None or isinstance(init, bool))):
-        raise MultiloraError(
-            ErrorCode.UNSUPPORTED, "lora_bias: PEFT does not combine it with use_dora or a named init_lora_weights"
-        )
-    if fields.get("use_dora") and str(init).lower() == "mica":
-        raise MultiloraError(ErrorCode.UNSUPPORTED, "use_dora: PEFT does not combine it with init_lora_weights 'mica'")
+APPLIED = frozenset(PeftConfig.__dataclass_fields__) - {"init", "base_class"}
+"""Fields of the file that act as they stand there."""
 
 
 def _named(names: str | tuple[str, ...], module: str) -> bool:

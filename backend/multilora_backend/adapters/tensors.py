@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -76,13 +77,7 @@ def read_header(file: BufferedReader, label: str) -> Header:
 
 def parse_header(header: Header, label: str) -> dict[str, TensorInfo]:
     """What is in the file, by name. Raises MultiloraError unless it is a whole safetensors file; `label` names it."""
-    raw, size = header.raw[8:], header.file_size
-    try:
-        entries = json.loads(raw, object_pairs_hook=without_duplicates)
-        if not isinstance(entries, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        raise invalid(label, f"is corrupt: its header is no JSON object ({error})") from error
+    entries, size = _entries(header, label), header.file_size
     begin = len(header.raw)
     tensors = {name: _info(name, entry, begin, label) for name, entry in entries.items() if name != "__metadata__"}
     end = begin
@@ -94,6 +89,34 @@ def parse_header(header: Header, label: str) -> dict[str, TensorInfo]:
         kind = "truncated" if size < end else "corrupt"
         raise invalid(label, f"is {kind}: its tensors end at byte {end}, the file at {size}")
     return tensors
+
+
+def metadata_of(header: Header, label: str) -> dict[str, Any]:
+    """What the file says about itself. Raises MultiloraError if the header cannot be read; `label` names the file."""
+    metadata = _entries(header, label).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _entries(header: Header, label: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(header.raw[8:], object_pairs_hook=without_duplicates)
+        if not isinstance(entries, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise invalid(label, f"is corrupt: its header is no JSON object ({error})") from error
+    return entries
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, Any]) -> Header:
+    """Of a file with tensors of these dtypes and shapes, one after the other in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * ITEMSIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return Header(struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
 
 
 def read_data(file: BufferedReader, header: Header, label: str) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import nn
 
-from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.base import BaseIdentity, BaseModel
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.layers import Attention, DecoderLayer, GatedMlp, Norm
@@ -54,12 +54,13 @@ def linears(model: nn.Module) -> list[FusedLinear]:
 
 
 def base_model(model: Any, folder: Path | None = None) -> BaseModel:
-    """What adapters are told of a fused model, whose tokenizer lies in `folder`."""
+    """What adapters are told of a fused model, whose tokenizer and weights lie in `folder`."""
     norms = {module.name: module.weight.data for module in model.modules() if isinstance(module, Norm)}
     path = None if folder is None else folder / "tokenizer.json"
     token_id = Tokenizer.from_file(str(path)).token_to_id if path is not None and path.is_file() else None
     own = {linear.index: linear for linear in linears(model)}
-    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, token_id)
+    identity = None if folder is None else BaseIdentity(type(model).__name__, model.config.to_dict(), folder)
+    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, token_id, identity)
 
 
 def _fused_layer(

@@ -7,13 +7,13 @@ are what is left of the device, so they are as good as what is assumed of CUDA_C
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from multilora_backend.adapters.base_files import weight_files
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.pool import PoolSize
 from multilora_backend.adapters.sources import Roots
@@ -181,16 +181,10 @@ def _nbytes(module: nn.Module) -> int:
 
 def _stored_bytes(folder: Path) -> int:
     """Of the files that transformers would read; checks their headers. Raises MultiloraError if one is not whole."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
     total = 0
-    for name in names:
-        if not (folder / name).is_file():
-            raise invalid("model", f"{folder} holds no {name}")
-        with (folder / name).open("rb") as file:
-            header = read_header(file, name)
-        parse_header(header, name)  # raises if a part of the file is missing
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            header = read_header(file, path.name)
+        parse_header(header, path.name)  # raises if a part of the file is missing
         total += header.file_size
     return total

@@ -13,13 +13,8 @@ import pytest
 import torch
 
 from multilora_backend.adapters.peft import check_adapter, read_adapter
-from multilora_backend.adapters.peft_config import (
-    BASE_CHANGING_INITS,
-    BASE_KEEPING_INITS,
-    HARMLESS,
-    REFUSED,
-    PeftConfig,
-)
+from multilora_backend.adapters.peft_config import APPLIED
+from multilora_backend.adapters.peft_fields import BASE_CHANGING_INITS, BASE_KEEPING_INITS, HARMLESS, REFUSED
 from multilora_backend.adapters.tensors import parse_header, read_data, read_header
 from multilora_backend.errors import MultiloraError
 
@@ -83,7 +78,7 @@ def test_fields_that_are_off_are_accepted(value, save, sites, change):
 
 
 def test_every_field_of_peft_is_known():
-    known = {*PeftConfig.__dataclass_fields__, *HARMLESS, *REFUSED, "peft_type", "bias", "init_lora_weights"}
+    known = {*APPLIED, *HARMLESS, *REFUSED, "peft_type", "bias", "init_lora_weights"}
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
