@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`multilora`: the server in the foreground, what fits into memory, and the references."""
+"""`multilora`: the server in the foreground, what fits into memory, what an adapter is, and the references."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
-import inspect
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from multilora_backend import launcher
 from multilora_backend.config import Config
+from multilora_backend.config_reference import config_reference
 from multilora_backend.errors import MultiloraError
 from multilora_backend.frontend.series import reference as metrics_reference
 from multilora_backend.planning.sizes import parse_size
@@ -58,6 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="everything, for scripts")
     plan.set_defaults(run=_plan)
 
+    look = commands.add_parser(
+        "inspect", help="print what an adapter is, and whether it would load", allow_abbrev=False
+    )
+    look.add_argument("folder", type=Path, help="of an adapter, or one with a sub-folder for each of several")
+    look.add_argument("--model", default="", help="folder of the transformers model that it is to be loaded for")
+    _add_settings(look)
+    look.add_argument("--json", action="store_true", help="everything, for scripts")
+    look.set_defaults(run=_inspect)
+
     reference = commands.add_parser("config", help="print the configuration reference as a Markdown table")
     reference.set_defaults(run=lambda options: print(config_reference()) or 0)
     series = commands.add_parser("metrics", help="print the reference of the metrics as a Markdown table")
@@ -68,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="folder of a transformers model")
     parser.add_argument("--adapters", default="", help="folder of PEFT adapters, or a YAML or JSON file name: source")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -148,43 +158,28 @@ def _plan(options: argparse.Namespace) -> int:
     return 1 if plan.problem else 0
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from multilora_backend.planning import inspection_report
+    from multilora_backend.planning.fit import Running, adapter_folders, inspect
+    from multilora_backend.planning.plan import machine_of
+
+    folders = adapter_folders(options.folder)
+    values = {"adapters": str(folders[0].absolute().parent), **dict(options.settings)}
+    config = Config.from_mapping({**values, **({"model": options.model} if options.model else {})}, "settings")
+    running = Running.of(config, machine_of(config)) if config.model else None
+    reports = inspect(folders, config.adapter_roots, running)
+    overview, console = folders != [options.folder], inspection_report.wide_console()
+    if options.json:
+        print(inspection_report.as_json(reports, overview))
+    elif overview:
+        inspection_report.show_overview(reports, console)
+    else:
+        inspection_report.show(reports[0], console)
+    return 1 if any(report.reasons for report in reports) else 0
+
+
 def _say(text: str) -> None:
     print(f"multilora: {text}", file=sys.stderr, flush=True)
-
-
-def config_reference() -> str:
-    """Every field of Config as a Markdown table, in Config's order; the field's docstring is its description."""
-    documentation = _field_docs()
-    types = get_type_hints(Config)
-    rows = ["| name | type | default | what it does |", "|---|---|---|---|"]
-    for field in dataclasses.fields(Config):
-        text = documentation.get(field.name, "")
-        rows.append(f"| `{field.name}` | {_type_name(types[field.name])} | {_value(field.default)} | {text} |")
-    return "\n".join(rows)
-
-
-def _field_docs() -> dict[str, str]:
-    """The strings below Config's fields, as one line each: Python keeps them in the source only."""
-    (definition,) = ast.parse(inspect.getsource(Config)).body
-    assert isinstance(definition, ast.ClassDef)  # what getsource gives for a class
-    docs = {}
-    for field, following in zip(definition.body, definition.body[1:], strict=False):
-        match field, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str() as text)):
-                docs[name] = " ".join(text.split()).replace("|", "\\|")
-    return docs
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(kind))
-    return str(kind.__name__)
-
-
-def _value(default: Any) -> str:
-    if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    return "empty" if default == "" else f"`{default}`"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 import multilora_kernels
 from multilora_backend.adapters.border import TIERS
-from multilora_backend.cli import config_reference
+from multilora_backend.config_reference import config_reference
 from multilora_backend.frontend.sampling import SCALARS
 from multilora_backend.frontend.series import SERIES, reference
 from multilora_backend.models.flashinfer_attention import HEAD_DIMS

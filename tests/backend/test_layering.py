@@ -34,7 +34,8 @@ ALLOWED = {  # package -> our packages that it may import
     "tritonserver": {"errors"},
     "launch_arguments": {"errors", "config"},
     "launcher": {"errors", "config", "tritonserver", "launch_arguments"},
-    "cli": {"errors", "config", "launcher", "frontend", "planning"},
+    "config_reference": {"config"},
+    "cli": {"errors", "config", "config_reference", "launcher", "frontend", "planning"},
     "multilora_kernels": set(),
     "multilora_client": set(),
 }

@@ -38,21 +38,29 @@ def compose(
     B is scaled in float32 and rounded to `dtype` once more: an error of half a unit in the last place of each element.
     Raises MultiloraError if a scaled B does not fit `dtype`, or a part is activated, on experts, or more than A and B.
     """
-    if any(weights.invocation for weights, _ in parts):
-        raise MultiloraError(ErrorCode.UNSUPPORTED, "an adapter with alora_invocation_tokens cannot be part of a sum")
-    if any(weights.extras is not None for weights, _ in parts):
-        raise MultiloraError(ErrorCode.UNSUPPORTED, NOT_A_SUM)
+    for weights, _ in parts:
+        if why := why_no_part(weights, sites):
+            raise MultiloraError(ErrorCode.UNSUPPORTED, why)
     ordered = sorted(parts, key=lambda part: (part[0].version, part[1]))
     rank = sum(weights.rank for weights, _ in ordered)
     touched = {i for weights, _ in ordered for i, site in enumerate(weights.sites) if site is not None}
-    if any(sites[i].experts for i in touched):
-        raise MultiloraError(ErrorCode.UNSUPPORTED, "an adapter with LoRA on experts cannot be part of a sum")
     buffers, laid_out = allocate(sites, touched, rank, dtype, pin)
     for index, into in enumerate(laid_out):
         if into is not None:
             _join(into, [(w.sites[index], w.rank, float(weight)) for w, weight in ordered], len(sites[index].modules))
     version = composed_version((weights.version, weight) for weights, weight in ordered)
     return AdapterWeights(version, rank, laid_out, buffers, no_effect=all(weights.no_effect for weights, _ in ordered))
+
+
+def why_no_part(weights: AdapterWeights, sites: Sequence[LoraSite]) -> str:
+    """Why an adapter cannot be part of a sum; empty if it can."""
+    if weights.invocation:
+        return "an adapter with alora_invocation_tokens cannot be part of a sum"
+    if weights.extras is not None:
+        return NOT_A_SUM
+    if any(site.experts and own is not None for site, own in zip(sites, weights.sites, strict=True)):
+        return "an adapter with LoRA on experts cannot be part of a sum"
+    return ""
 
 
 def _join(into: SiteWeights, parts: Sequence[tuple[SiteWeights | None, int, float]], slices: int) -> None:

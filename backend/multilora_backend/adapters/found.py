@@ -45,6 +45,23 @@ _SPELLED = {
 }
 
 
+def module_and_kind(name: str) -> tuple[str, str]:
+    """What a tensor belongs to, as today's models call it, and what it is there: one of the kinds above.
+
+    Raises MultiloraError for a name that PEFT does not give.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is no tensor that a LoRA adapter has")
+    return current_name(match["module"]), str(match.lastgroup)
+
+
+def check_dtype(info: TensorInfo) -> None:
+    """Raises MultiloraError for a dtype that an adapter's tensors may not have."""
+    if info.dtype not in DTYPES:
+        raise MultiloraError(ErrorCode.UNSUPPORTED, f"{info.name}: dtype {info.dtype} is not supported")
+
+
 class Found:
     def __init__(self, tensors: Mapping[str, TensorInfo], kinds: Callable[[str], frozenset[str]]) -> None:
         """`kinds`: of tensors that a module may have here; none for what the base model does not have.
@@ -53,10 +70,7 @@ class Found:
         """
         self._found: dict[tuple[str, str], TensorInfo] = {}
         for name, info in tensors.items():
-            match = _NAME.fullmatch(name)
-            if match is None:
-                raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is no tensor that a LoRA adapter has")
-            module, kind = current_name(match["module"]), str(match.lastgroup)
+            module, kind = module_and_kind(name)
             allowed = kinds(module)
             if not allowed:
                 raise invalid(name, f"the base model has no {module} that an adapter can act on")
@@ -66,8 +80,7 @@ class Found:
                         ErrorCode.UNSUPPORTED, f"modules_to_save: full weights of linears ({module}) are not supported"
                     )
                 raise invalid(name, f"{module} cannot have it")
-            if info.dtype not in DTYPES:
-                raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: dtype {info.dtype} is not supported")
+            check_dtype(info)
             if self._found.setdefault((module, kind), info) is not info:
                 raise invalid(name, "occurs twice, with and without the adapter's name")
 

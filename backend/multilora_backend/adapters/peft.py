@@ -69,7 +69,7 @@ def check_adapter(
     folder: Path, sites: Sequence[LoraSite], inside: Sequence[Path] = (), base: BaseModel | None = None
 ) -> AdapterPlan:
     """All checks that need no weights: reads the config and the header. Raises as `read_adapter` does."""
-    config = PeftConfig.parse(_read_config(folder, inside))
+    config = PeftConfig.parse(read_config(folder, inside))
     with open_weights(folder, config, inside) as weights:
         return _checked(folder, weights, tuple(sites), inside, base)
 
@@ -91,7 +91,7 @@ def read_adapter(
     OSError if a file cannot be read. Scales are folded into B in float32 before the cast to `dtype`. Without `base`
     adapters with extras are refused.
     """
-    text = _read_config(folder, inside)
+    text = read_config(folder, inside)
     config = PeftConfig.parse(text)
     with open_weights(folder, config, inside) as opened:
         plan = _checked(folder, opened, tuple(sites), inside, base)
@@ -214,7 +214,8 @@ def check_sha256(digest: str, expected: str) -> None:
         raise invalid("sha256", f"{WEIGHTS} has {digest}, expected {expected}")
 
 
-def _read_config(folder: Path, inside: Sequence[Path]) -> bytes:
+def read_config(folder: Path, inside: Sequence[Path]) -> bytes:
+    """adapter_config.json as it is. Raises MultiloraError or OSError if it cannot be read."""
     if not folder.is_dir():
         raise invalid("folder", "does not exist")
     path = member(folder, CONFIG, inside)

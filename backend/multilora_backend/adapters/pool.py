@@ -54,6 +54,16 @@ class PoolSize:
         return cls(bytes_per_rank, num_ranks, staged)
 
 
+def too_large(pool: PoolSize, arena: int, rank: int, extras_bytes: int) -> str:
+    """Why an adapter of this rank and extras can never be resident; empty if it can. `arena`: bytes for extras."""
+    if not extras_can_ever_fit(extras_bytes, arena):
+        return f"what it has besides A and B needs adapter_extras_bytes of {extras_bytes}; they are {arena}"
+    if padded(rank) <= pool.num_ranks:
+        return ""
+    need = padded(rank) * pool.bytes_per_rank
+    return f"rank {rank} needs adapter_device_bytes of {need}; as it is, they hold rank {pool.num_ranks}"
+
+
 @dataclass(frozen=True, eq=False)
 class Transfer:
     """A write that may still be under way. Keeps the host memory that is read alive."""
@@ -115,20 +125,9 @@ class DevicePool:
         if self._stream is not None:
             self._warm_up(sites, dtype)
 
-    def can_ever_fit(self, rank: int) -> bool:
-        return padded(rank) <= self.num_ranks
-
     def too_large(self, rank: int, extras_bytes: int = 0) -> str:
         """Why an adapter of this rank and extras can never be resident; empty if it can."""
-        if not extras_can_ever_fit(extras_bytes, self.extras.nbytes):
-            return (
-                f"what it has besides A and B needs adapter_extras_bytes of {extras_bytes}; they are "
-                f"{self.extras.nbytes}"
-            )
-        if self.can_ever_fit(rank):
-            return ""
-        need = padded(rank) * self.bytes_per_rank
-        return f"rank {rank} needs adapter_device_bytes of {need}; as it is, they hold rank {self.num_ranks}"
+        return too_large(self.size, self.extras.nbytes, rank, extras_bytes)
 
     def write(self, weights: AdapterWeights, slot: int, rank_start: int, extras_start: int = 0) -> Transfer:
         """Copies an adapter into its ranks, its extras to that byte of their arena, and makes the slot point there.

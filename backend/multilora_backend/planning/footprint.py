@@ -14,9 +14,9 @@ from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.extras import extras_host_bytes
 from multilora_backend.adapters.layout import host_bytes
 from multilora_backend.adapters.peft import check_adapter
-from multilora_backend.adapters.pool import PoolSize
+from multilora_backend.adapters.pool import PoolSize, too_large
 from multilora_backend.adapters.ranks import padded
-from multilora_backend.adapters.room import extras_can_ever_fit, grains
+from multilora_backend.adapters.room import grains
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import MultiloraError
 
@@ -75,10 +75,8 @@ def footprint(
         return Footprint(entry.name, reason=error.message)
     except OSError as error:
         return Footprint(entry.name, reason=f"cannot be read: {error.strerror or error}")
-    if padded(plan.rank) > pool.num_ranks:
-        return Footprint(entry.name, plan.rank, reason=f"rank {plan.rank} is more than the {pool.num_ranks} there are")
-    if not extras_can_ever_fit(plan.extras_bytes, arena):
-        return Footprint(entry.name, plan.rank, reason=f"{plan.extras_bytes} adapter_extras_bytes are needed")
+    if reason := too_large(pool, arena, plan.rank, plan.extras_bytes):
+        return Footprint(entry.name, plan.rank, reason=reason)
     touched = {part.site for part in plan.parts}
     on_host = host_bytes(sites, touched, plan.rank, dtype, pinned) + extras_host_bytes(plan.extras, pinned)
     on_device = padded(plan.rank) * pool.bytes_per_rank

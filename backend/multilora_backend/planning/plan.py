@@ -111,7 +111,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     cuda = machine.device.type == "cuda"
     model = outline(config, machine.device)
     weights = _nbytes(model.module)
-    pool, border = _adapter_memory(config, model, machine)
+    pool, border = adapter_memory(config, model, machine)
     arena = memory.extras_arena_bytes(config, machine.total if cuda else None) if config.lora_enabled else 0
     free = machine.free - weights - pool.nbytes - arena - border
     budget = memory.kv_cache_bytes(config, memory.DeviceMemory(machine.total, free) if cuda else None)
@@ -160,7 +160,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     )
 
 
-def _adapter_memory(config: Config, model: LoadedModel, machine: Machine) -> tuple[PoolSize, int]:
+def adapter_memory(config: Config, model: LoadedModel, machine: Machine) -> tuple[PoolSize, int]:
     """The device pool, and the bytes of the border, which the model has grown by when this returns."""
     if not config.lora_enabled:
         return PoolSize(0, 0, 0), 0
