@@ -31,13 +31,18 @@ class StoredWeights:
     def places(self) -> Places:
         return {info.name: (path, info) for path, info in stored_tensors(self.folder)}
 
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+    def find(self, name: str, shape: Sequence[int]) -> tuple[Path, TensorInfo]:
         """Raises MultiloraError unless a tensor of that name and shape is stored."""
         if name not in self.places:
             raise invalid("model", f"{self.folder} stores no {name}")
         path, info = self.places[name]
         if info.dtype not in DTYPES or info.shape != tuple(shape):
             raise invalid("model", f"{self.folder} stores {name} as {info.dtype} {list(info.shape)}")
+        return path, info
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Raises as `find`, or OSError."""
+        path, info = self.find(name, shape)
         with path.open("rb") as file:
             file.seek(info.start)
             data = bytearray(file.read(info.stop - info.start))
@@ -78,9 +83,12 @@ def with_weights(base: BaseModel, plan: AdapterPlan, sites: Sequence[LoraSite], 
         index: StoredLinear(stored, sites[index], linear.base_bias is not None)
         for index, linear in base.linears.items()
     }
+    for part in plan.affine:
+        site = sites[part.site]
+        stored.find(f"{part.module}.weight", (site.out_features[part.slice], site.in_features))
     norms = dict(base.norms)
-    for part in plan.norms:
-        norms[part.module] = stored.read(f"{part.module}.weight", base.norms[part.module].shape)
+    for norm in plan.norms:
+        norms[norm.module] = stored.read(f"{norm.module}.weight", base.norms[norm.module].shape)
     embedding, head = base.embedding, base.head
     if plan.tables and embedding is not None and head is not None:
         own = stored.read(f"{EMBEDDING}.weight", embedding.shape)
