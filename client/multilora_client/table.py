@@ -25,14 +25,14 @@ def comparison(
 
 
 def adapters_table(infos: Sequence[AdapterInfo], width: int | None = None) -> str:
-    """One aligned line for each adapter; why it failed stands in the last column, else where it comes from."""
+    """One aligned line for each adapter; the last column says why it failed, else where it comes from."""
     rows = [_ADAPTERS_HEADER]
     for info in infos:
         level = f"{info['level']}, pinned" if info["pinned"] else info["level"]
         size = f"{info['bytes'] / 2**20:.1f}" if info["bytes"] else "-"
         version = (info["version"] or "-")[:_VERSION_DIGITS]
         name = ", ".join([info["name"], *info["aliases"]])
-        note = info["reason"] or info["source"]
+        note = info["reason"] or ("has no effect; " if info["no_effect"] else "") + info["source"]
         rows.append((_one_line(name), version, info["state"], level, str(info["rank"] or "-"), size, _one_line(note)))
     return _aligned(rows, width)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from extras_models import save_trained
 from multilora_backend import cli
 from multilora_backend.adapters.base_files import base_fingerprint
 
@@ -50,6 +51,17 @@ def test_the_table_is_by_module_with_layers_together(capsys: pytest.CaptureFixtu
     assert ["model.layers.*.mlp.down_proj", "4", "10", "1.5"] in [row[:4] for row in rows]
     # One layer's q_proj has a rank of its own.
     assert [row[1:4] for row in rows if row[0].endswith("q_proj")] == [["1", "3", "4"], ["3", "6", "2"]]
+
+
+def test_what_it_has_besides_a_and_b_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_trained(MODEL, tmp_path / "dora", r=6, use_dora=True, modules_to_save=["norm"], target_modules=["q_proj"])
+    status, text = run(capsys, tmp_path / "dora", "--model", MODEL)
+    assert status == 0
+    rows = [line.split() for line in text.splitlines()]
+    assert ["model.layers.*.self_attn.qkv_proj", "affine", "4", "8.0", "KiB"] in rows
+    assert ["model.norm", "weight", "1", "512", "B"] in rows
+    assert ["model.norm", "1", "weight", "128", "F32", "512", "B"] in rows, "nothing in the pool of A and B"
+    assert "an adapter with DoRA, trained biases, norms, embeddings, heads or tokens cannot be part of a sum." in text
 
 
 def test_json_has_all_of_it(capsys: pytest.CaptureFixture[str]):

@@ -34,6 +34,7 @@ INFO = {
     "aliases": ["prod"],
     "reason": "",
     "source": "s3://b/é",
+    "no_effect": False,
 }
 
 
@@ -238,3 +239,9 @@ def test_the_table_tells_why_an_adapter_failed_and_fits_the_terminal():
     assert "device, pinned" in other
     assert "ab12cd34ef56 " in other
     assert "é, prod" in other
+    assert "no effect" not in other
+
+
+def test_the_table_tells_that_an_adapter_has_no_effect():
+    _, row = adapters_table([{**INFO, "no_effect": True}], width=200).splitlines()
+    assert row.endswith(f"  has no effect; {INFO['source']}")

@@ -50,8 +50,7 @@ def show(report: Report, console: Console) -> None:
     if adapter.modules:
         console.print(_modules(adapter, fit))
     if fit is not None and fit.extras:
-        rows = [(extra.kind, extra.place, size(extra.device_bytes)) for extra in fit.extras]
-        console.print(_table(("extra", "place", "on the device"), rows))
+        console.print(_extras(fit))
     for line in (*_on_device(fit), *_verdict(report)):
         console.print(Text(line))
 
@@ -95,7 +94,13 @@ def _modules(adapter: Inspection, fit: Fit | None) -> Table:
         row.device_bytes += 0 if room is None else room.device_bytes
     on_device = ("on the device",) if rooms else ()
     lines = [
-        (name, str(row.count), *rest, size(row.file_bytes), *([size(row.device_bytes)] if rooms else []))
+        (
+            name,
+            str(row.count),
+            *rest,
+            size(row.file_bytes),
+            *([size(row.device_bytes) if row.device_bytes else ""] if rooms else []),
+        )
         for (name, *rest), row in rows.items()
     ]
     return _table(("module", "count", "rank", "scale", "tensors", "dtype", "in the file", *on_device), lines)
@@ -106,6 +111,16 @@ def _kind(module: ModuleTensors, room: ModuleRoom | None) -> tuple[str, ...]:
     tensors = ", ".join(f"{kind} {'x'.join(map(str, shape))}" for kind, shape in module.shapes.items())
     scale_text = "" if scale is None else f"{scale:.4g}"
     return _INDEX.sub("*", module.module), str(rank or ""), scale_text, tensors, "/".join(module.dtypes)
+
+
+def _extras(fit: Fit) -> Table:
+    rows: dict[tuple[str, str], _Row] = {}
+    for extra in fit.extras:
+        row = rows.setdefault((_INDEX.sub("*", extra.place), extra.kind), _Row())
+        row.count += 1
+        row.device_bytes += extra.device_bytes
+    lines = [(place, kind, str(row.count), size(row.device_bytes)) for (place, kind), row in rows.items()]
+    return _table(("place", "extra", "count", "on the device"), lines)
 
 
 def _on_device(fit: Fit | None) -> Iterable[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -64,10 +65,12 @@ def test_a_copy_of_the_bases_config_is_compared(save, folders, running):
     folder = beside(save(), folders[False])
     served(folder, running)
     served(beside(folder, folders[False], rms_norm_eps=1.0, transformers_version="4.1", _name_or_path="x"), running)
-    for name in ARCHITECTURE:
-        own = running[1].identity.settings.get(name)
-        if own is None:
-            continue
+    settings = running[1].identity.settings
+    compared = {name for name in ARCHITECTURE if settings.get(name) is not None}
+    counts = {name for name in settings if re.match(r"num_|\w+_size$", name)} - {"vocab_size"}
+    assert compared == {"model_type", "head_dim", *counts}
+    for name in sorted(compared):
+        own = settings[name]
         other = "mistral" if name == "model_type" else own + 1
         refused(
             beside(folder, folders[False], **{name: other}), running, f"^config.json: {name} is {other!r}, the model"
@@ -177,7 +180,8 @@ def test_every_tensor_counts(folders, tmp_path: Path):
         save_file({**whole, name: tensor + 1}, path)
         assert base_fingerprint(tmp_path) not in before
         before.add(base_fingerprint(tmp_path))
-    save_file({("x" if name == "lm_head.weight" else name): tensor for name, tensor in whole.items()}, path)
+    other = {"lm_head.weight": "lm_head.weighu"}  # in the same place of the order
+    save_file({other.get(name, name): tensor for name, tensor in whole.items()}, path)
     assert base_fingerprint(tmp_path) not in before
     save_file({name: tensor.half() if tensor.ndim == 1 else tensor for name, tensor in whole.items()}, path)
     assert base_fingerprint(tmp_path) not in before

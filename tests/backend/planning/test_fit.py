@@ -78,6 +78,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
     "biases": (BIASES, nothing),
     "norms": ({"modules_to_save": ["norm"], "target_modules": ["q_proj"]}, nothing),
     "tables": (TABLES, nothing),
+    "lora-on-tables": ({"target_modules": ["embed_tokens", "lm_head"]}, nothing),  # with copies of the base's
     "tokens": ({"trainable_token_indices": [3, 9]}, nothing),
     "activated": ({"alora_invocation_tokens": [5, 6]}, nothing),
     "own-base": ({}, with_config()),
