@@ -92,18 +92,12 @@ def _modules(adapter: Inspection, fit: Fit | None) -> Table:
         row.count += 1
         row.file_bytes += module.file_bytes
         row.device_bytes += 0 if room is None else room.device_bytes
-    on_device = ("on the device",) if rooms else ()
-    lines = [
-        (
-            name,
-            str(row.count),
-            *rest,
-            size(row.file_bytes),
-            *([size(row.device_bytes) if row.device_bytes else ""] if rooms else []),
-        )
-        for (name, *rest), row in rows.items()
-    ]
-    return _table(("module", "count", "rank", "scale", "tensors", "dtype", "in the file", *on_device), lines)
+    header = ["module", "count", "rank", "scale", "tensors", "dtype", "in the file"]
+    lines = []
+    for (name, *rest), row in rows.items():
+        line = (name, str(row.count), *rest, size(row.file_bytes))
+        lines.append((*line, size(row.device_bytes) if row.device_bytes else "") if rooms else line)
+    return _table((*header, "on the device") if rooms else tuple(header), lines)
 
 
 def _kind(module: ModuleTensors, room: ModuleRoom | None) -> tuple[str, ...]:
