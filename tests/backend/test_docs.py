@@ -7,10 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 import multilora_kernels
+from multilora_backend import cli
+from multilora_backend.adapters.base_files import base_fingerprint
 from multilora_backend.adapters.border import TIERS
+from multilora_backend.adapters.lineage import FINGERPRINT
+from multilora_backend.adapters.peft_fields import CONVERTED_INITS
 from multilora_backend.config_reference import config_reference
 from multilora_backend.frontend.sampling import SCALARS
 from multilora_backend.frontend.series import SERIES, reference
@@ -22,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "docs/architecture.md", "docs/metrics.md", "docs/performance.md"]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 KERNELS = [name.removesuffix("_reference") for name in multilora_kernels.__all__ if name.endswith("_reference")]
@@ -37,6 +43,25 @@ def test_the_table_of_metrics_is_the_code():
     between = re.search(r"<!-- metrics: `multilora metrics` -->\n(.*)\n<!-- /metrics -->", METRICS, re.DOTALL)
     assert between, "the markers are gone"
     assert between[1].strip() == reference().strip(), "paste the output of `multilora metrics`"
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\$ multilora (inspect .*)$", ADAPTERS, re.MULTILINE))
+def test_what_inspect_prints_is_what_is_documented(command, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(command.split()) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    documented = ADAPTERS.partition(f"$ multilora {command}\n")[2].partition("\n```")[0]
+    assert documented.strip() == printed.strip(), "paste the output"
+
+
+def test_what_is_said_of_the_base_model_is_the_code():
+    table = ADAPTERS.partition("### Which base model")[2].partition("###")[0]
+    assert f"`{FINGERPRINT}`" in table
+    example = re.search(r'"base_model_fingerprint": "([0-9a-f]+)\.\.\."', table)
+    assert example
+    assert base_fingerprint(ROOT / "examples/tiny/model").startswith(example[1])
+    assert all(f"`{name}_init`" in ADAPTERS for name in CONVERTED_INITS)
 
 
 def test_every_series_that_is_named_exists():
