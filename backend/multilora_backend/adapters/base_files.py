@@ -17,8 +17,8 @@ SINGLE = "model.safetensors"
 SAMPLES = 4
 """Pieces of a tensor that the fingerprint reads, spread from its beginning to its end,"""
 SAMPLE_BYTES = 4096
-"""of this size. For an 8B model this takes 14 ms, where hashing all of it takes 21 s of a core; and training shows, since
-a byte of one piece is enough."""
+"""of this size. For an 8B model this takes 14 ms, where hashing all of it takes 21 s of a core. Training shows, since a
+byte of one piece is enough."""
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -60,8 +60,10 @@ def show_overview(reports: Sequence[Report], console: Console) -> None:
     for each in reports:
         adapter = each.adapter
         name = adapter.folder.rstrip("/").rpartition("/")[2]
-        rank = str(max((module.rank for module in adapter.modules), default=0) or "")
-        rows.append((name, rank, size(adapter.file_bytes), adapter.base_model, _short_verdict(each)))
+        rank = max((module.rank for module in adapter.modules), default=0)
+        if each.fit is not None and each.fit.rank:
+            rank = each.fit.rank
+        rows.append((name, str(rank or ""), size(adapter.file_bytes), adapter.base_model, _short_verdict(each)))
     table = _table(("adapter", "rank", "in the file", "base model", "verdict"), rows)
     console.print(table)
 
