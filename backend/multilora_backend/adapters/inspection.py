@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from multilora_backend.adapters.contents import largest
 from multilora_backend.adapters.found import check_dtype, module_and_kind
 from multilora_backend.adapters.initial import initial_folder
-from multilora_backend.adapters.layout import VERSION_DIGITS
 from multilora_backend.adapters.lineage import recorded_fingerprint
 from multilora_backend.adapters.peft import WEIGHTS, OpenWeights, open_weights, read_config
 from multilora_backend.adapters.peft_config import APPLIED, PeftConfig
@@ -65,8 +63,6 @@ class Inspection:
     modules: list[ModuleTensors] = field(default_factory=list)
     """As they are used: if it is converted, of twice the rank that the file has."""
     file_bytes: int = 0
-    version: str = ""
-    """Hash of the content; empty if it could not be read."""
     no_effect: bool | None = None
     """Every product BA is zero. None: not known, since more than A and B is in the file, or it could not be read."""
     reasons: list[str] = field(default_factory=list)
@@ -80,13 +76,12 @@ def inspect_folder(folder: Path, inside: Sequence[Path] = ()) -> Inspection:
         found.reasons.append(invalid("folder", "does not exist").message)
         return found
     try:
-        text = read_config(folder, inside)
-        config = _take_config(found, fields_of(text))
+        config = _take_config(found, fields_of(read_config(folder, inside)))
     except Exception as error:  # whatever a file does to its parser
         found.reasons.append(reason_of(error))
-        text, config = b"", None
+        config = None
     try:
-        _take_weights(found, folder, inside, text, config)
+        _take_weights(found, folder, inside, config)
     except Exception as error:
         if (reason := reason_of(error)) not in found.reasons:
             found.reasons.append(reason)
@@ -115,23 +110,21 @@ def _is_on(name: str, value: Any) -> bool:
     return not (value is None or value is False or value in ("", [], {}) or defaults.get(name) == value)
 
 
-def _take_weights(
-    found: Inspection, folder: Path, inside: Sequence[Path], text: bytes, config: PeftConfig | None
-) -> None:
+def _take_weights(found: Inspection, folder: Path, inside: Sequence[Path], config: PeftConfig | None) -> None:
     try:
         with open_weights(folder, config or _PLAIN, inside) as weights:
             if config is not None and config.init:
                 found.initial = initial_folder(config)
-            _take_tensors(found, weights, text, config is not None)
+            _take_tensors(found, weights, config is not None)
     except MultiloraError as error:
         if config is None or not config.init or found.initial:
             raise
         # The file can be looked at without the initial adapter, or whatever is wrong with it.
         found.reasons.append(error.message)
-        _take_weights(found, folder, inside, text, replace(config, init=""))
+        _take_weights(found, folder, inside, replace(config, init=""))
 
 
-def _take_tensors(found: Inspection, weights: OpenWeights, text: bytes, scaled: bool) -> None:
+def _take_tensors(found: Inspection, weights: OpenWeights, scaled: bool) -> None:
     tensors = parse_header(weights.header, WEIGHTS)
     found.file_bytes = weights.header.file_size
     modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -143,8 +136,7 @@ def _take_tensors(found: Inspection, weights: OpenWeights, text: bytes, scaled: 
         except MultiloraError as error:
             found.reasons.append(error.message)
     found.modules = [_module(name, own, weights.config if scaled else None) for name, own in modules.items()]
-    data, digests = weights.read()
-    found.version = hashlib.sha256(text + b"".join(digests)).hexdigest()[:VERSION_DIGITS] if text else ""
+    data, _ = weights.read()
     sizes = _magnitudes([info for own in modules.values() for info in own.values()], data)
     found.reasons += [
         invalid(name, "holds NaN or infinity").message for name, size in sizes.items() if not np.isfinite(size)

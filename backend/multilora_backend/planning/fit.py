@@ -80,6 +80,8 @@ class Fit:
     """Of the model's weights, as `adapters.lineage` compares it; empty if they are not in its folder."""
     reason: str = ""
     """Why the engine would not load the adapter; empty if it would."""
+    version: str = ""
+    """By which `name@version` asks for this content; empty if it would not load, or was not read."""
     rank: int = 0
     """The largest of a module, and"""
     padded_rank: int = 0
@@ -187,7 +189,8 @@ def _read(found: Fit, folder: Path, inside: Sequence[Path], plan: AdapterPlan, r
             found.unchecked = f"values of {kinds}, since the base model's weights are needed: {reason_of(error)}"
             return
     weights = read_adapter(folder, sites, dtype, inside=inside, base=base)
-    found.no_effect, found.not_in_sums = weights.no_effect, why_no_part(weights, sites)
+    found.version, found.no_effect = weights.version, weights.no_effect
+    found.not_in_sums = why_no_part(weights, sites)
 
 
 def _modules(plan: AdapterPlan, model: LoadedModel) -> tuple[ModuleRoom, ...]:

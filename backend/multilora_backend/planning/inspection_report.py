@@ -69,8 +69,7 @@ def show_overview(reports: Sequence[Report], console: Console) -> None:
 
 
 def _about(adapter: Inspection) -> Iterable[str]:
-    version = f", version {adapter.version}" if adapter.version else ""
-    yield f"{adapter.folder}: {size(adapter.file_bytes)} in the file{version}"
+    yield f"{adapter.folder}: {size(adapter.file_bytes)} in the file"
     if adapter.rank is not None:
         said = f"r {adapter.rank}, lora_alpha {adapter.alpha}, target_modules {_text(adapter.target_modules)}"
         yield f"{said}; written by PEFT {adapter.peft_version or 'of an unknown version'}"
@@ -145,7 +144,7 @@ def _verdict(report: Report) -> Iterable[str]:
     elif report.fit is None:
         yield "Nothing in the folder speaks against it; --model tells whether it fits a model."
     else:
-        yield "It would load."
+        yield f"It would load, as version {report.fit.version}." if report.fit.version else "It would load."
 
 
 def _short_verdict(report: Report) -> str:

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from initial_adapters import train
 from multilora_backend.adapters.inspection import inspect_folder
-from multilora_backend.adapters.peft import read_adapter
 
 UP = "base_model.model.model.layers.0.mlp.up_proj.lora_"
 
 
-def test_what_it_is_and_what_is_in_its_file(save, sites):
+def test_what_it_is_and_what_is_in_its_file(save):
     patterns = {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 20}}
     folder = save(target_modules=["up_proj", "q_proj"], use_rslora=True, bias="none", **patterns)
     found = inspect_folder(folder)
@@ -30,7 +29,6 @@ def test_what_it_is_and_what_is_in_its_file(save, sites):
     assert (found.rank, found.alpha, sorted(found.target_modules)) == (4, 6, ["q_proj", "up_proj"])
     assert found.settings == {"use_rslora": True, **patterns}
     assert found.file_bytes == (folder / "adapter_model.safetensors").stat().st_size
-    assert found.version == read_adapter(folder, sites, torch.float32).version
     by_name = {module.module: module for module in found.modules}
     assert len(by_name) == 4
     up, q = by_name["model.layers.0.mlp.up_proj"], by_name["model.layers.1.self_attn.q_proj"]

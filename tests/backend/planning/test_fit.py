@@ -161,7 +161,7 @@ def test_the_verdict_is_the_engines(name: str, reports: dict[str, Report], drive
     if name in REFUSED:
         return
     assert (fit.rank, fit.no_effect, fit.host_bytes) == (shown.rank, shown.no_effect, shown.bytes)
-    assert report.adapter.version == shown.version
+    assert fit.version == shown.version
     assert fit.pool_bytes == fit.padded_rank * manager.pool.bytes_per_rank
     assert fit.pool_ranks == manager.pool.num_ranks
     own = sum(extra.device_bytes for extra in fit.extras)
