@@ -22,7 +22,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from multilora_backend.adapters.peft import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, check_sha256, member
+from multilora_backend.adapters.folder import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, member
+from multilora_backend.adapters.peft import check_sha256
 from multilora_backend.adapters.remote import CHUNK_BYTES, FILES, Remote, RemoteFile, check_size, open_remote
 from multilora_backend.adapters.sources import ARCHIVES, Kind, Source
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid

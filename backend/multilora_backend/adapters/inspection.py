@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multilora_backend.adapters.contents import largest
+from multilora_backend.adapters.folder import WEIGHTS, read_config
 from multilora_backend.adapters.found import check_dtype, module_and_kind
 from multilora_backend.adapters.initial import initial_folder
 from multilora_backend.adapters.lineage import recorded_fingerprint
-from multilora_backend.adapters.peft import WEIGHTS, OpenWeights, open_weights, read_config
+from multilora_backend.adapters.opened import OpenWeights, open_weights
 from multilora_backend.adapters.peft_config import APPLIED, PeftConfig
 from multilora_backend.adapters.peft_fields import HARMLESS, fields_of, refusals
 from multilora_backend.adapters.tensors import TensorInfo, parse_header, tensor_of

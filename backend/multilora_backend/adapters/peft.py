@@ -6,9 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,31 +19,21 @@ from multilora_backend.adapters.affine import fill_affine
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
-from multilora_backend.adapters.initial import (
-    convert,
-    converted_config,
-    converted_header,
-    initial_folder,
-    require_initial,
-)
+from multilora_backend.adapters.folder import CONFIG, PICKLED, WEIGHTS, member, read_config
 from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
 from multilora_backend.adapters.lineage import BASE_CONFIG, check_base_config, check_recorded, check_vocabulary
 from multilora_backend.adapters.norms import fill_norms
+from multilora_backend.adapters.opened import OpenWeights, open_weights
 from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.placing import place
 from multilora_backend.adapters.state import Fingerprint
-from multilora_backend.adapters.tensors import Header, parse_header, read_data, read_header, tensor_of
+from multilora_backend.adapters.tensors import Header, parse_header, tensor_of
 from multilora_backend.adapters.vocabulary_fill import fill_table
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
-PICKLED_REFUSED = f"{PICKLED}: pickled weights can run code and are refused; save as {WEIGHTS}"
-MAX_CONFIG_BYTES = 16 * 2**20
 PLANS_KEPT = 64
 """Adapters that were trained alike have the same plan. Making one, 7 ms of Python at 8B, holds up the step loop."""
 
@@ -118,47 +106,6 @@ def read_adapter(
     return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation)
 
 
-@dataclass(frozen=True)
-class OpenWeights:
-    """An adapter's file, or what PEFT would make of it and the initial adapter's: see `initial`."""
-
-    config: PeftConfig
-    header: Header
-    read: Callable[[], tuple[NDArray[np.uint8], tuple[bytes, ...]]]
-    """The file's content, until the next read in this thread, and the SHA-256 of each file that was read."""
-
-
-@contextmanager
-def open_weights(folder: Path, config: PeftConfig, inside: Sequence[Path]) -> Iterator[OpenWeights]:
-    """Reads the headers. Raises as `read_adapter`."""
-    with ExitStack() as files:
-        file = files.enter_context(member(folder, WEIGHTS, inside).open("rb"))
-        header = read_header(file, WEIGHTS)
-
-        def read() -> tuple[NDArray[np.uint8], tuple[bytes, ...]]:
-            data = read_data(file, header, WEIGHTS)
-            # Which CPUs have instructions for: half the time of blake2b.
-            return data, (hashlib.sha256(data.data).digest(),)
-
-        if not config.init:
-            yield OpenWeights(config, header, read)
-            return
-        require_initial(folder, config)
-        label = f"{initial_folder(config)}/{WEIGHTS}"
-        other = files.enter_context(member(folder, label, inside).open("rb"))
-        initial = read_header(other, label)
-        result = converted_header(config, header, initial, (WEIGHTS, label))
-
-        def read_both() -> tuple[NDArray[np.uint8], tuple[bytes, ...]]:
-            data, digest = read()
-            data = data.copy()  # or the second file would be read over it
-            first = read_data(other, initial, label)
-            converted = convert(result, header, data, initial, first, label)
-            return converted, (*digest, hashlib.sha256(first.data).digest())
-
-        yield OpenWeights(converted_config(config), result, read_both)
-
-
 def _checked(
     folder: Path, weights: OpenWeights, sites: tuple[LoraSite, ...], inside: Sequence[Path], base: BaseModel | None
 ) -> AdapterPlan:
@@ -212,32 +159,3 @@ def check_sha256(digest: str, expected: str) -> None:
     """Raises MultiloraError if they differ."""
     if digest != expected:
         raise invalid("sha256", f"{WEIGHTS} has {digest}, expected {expected}")
-
-
-def read_config(folder: Path, inside: Sequence[Path]) -> bytes:
-    """adapter_config.json as it is. Raises MultiloraError or OSError if it cannot be read."""
-    if not folder.is_dir():
-        raise invalid("folder", "does not exist")
-    path = member(folder, CONFIG, inside)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise invalid(CONFIG, f"is larger than {MAX_CONFIG_BYTES} bytes")
-    return path.read_bytes()
-
-
-def member(folder: Path, name: str, inside: Sequence[Path] = ()) -> Path:
-    """A regular file of the folder, links followed.
-
-    Links may lead within the folder, as in mounted Kubernetes volumes, or within `inside`, as in the snapshots of a
-    Hugging Face cache. Raises MultiloraError for every other, and for what is missing or no file.
-    """
-    path = folder / name
-    if not path.exists():
-        if name == WEIGHTS and (folder / PICKLED).exists():
-            raise MultiloraError(ErrorCode.UNSUPPORTED, PICKLED_REFUSED)
-        raise invalid(name, "is missing")
-    real = path.resolve()
-    if not any(real.is_relative_to(root) for root in (folder.resolve(), *inside)):
-        raise invalid(name, "is a symbolic link that leaves the adapter's folder and all of adapter_roots")
-    if not real.is_file():
-        raise invalid(name, "is not a regular file")
-    return real

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from multilora_backend.adapters.peft import CONFIG, PICKLED, PICKLED_REFUSED, WEIGHTS
+from multilora_backend.adapters.folder import CONFIG, PICKLED, PICKLED_REFUSED, WEIGHTS
 from multilora_backend.adapters.sources import Kind, Source
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 

@@ -12,8 +12,8 @@ from multilora_backend.adapters import layout
 from multilora_backend.adapters.cache import default_cache_dir, fetch
 from multilora_backend.adapters.catalogue import Catalogue
 from multilora_backend.adapters.entry import AdapterEntry
+from multilora_backend.adapters.folder import WEIGHTS
 from multilora_backend.adapters.manager import AdapterManager
-from multilora_backend.adapters.peft import WEIGHTS
 from multilora_backend.adapters.polled import Polled
 from multilora_backend.adapters.sources import Roots, parse_source
 from multilora_backend.adapters.statefile import StateFile

@@ -11,9 +11,10 @@ from pathlib import Path
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.composing import why_no_part
 from multilora_backend.adapters.entry import AdapterEntry
+from multilora_backend.adapters.folder import CONFIG, WEIGHTS
 from multilora_backend.adapters.inspection import Inspection, inspect_folder, reason_of
 from multilora_backend.adapters.layout import numel
-from multilora_backend.adapters.peft import CONFIG, WEIGHTS, check_adapter, read_adapter
+from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.peft_plan import AdapterPlan
 from multilora_backend.adapters.pool import PoolSize
 from multilora_backend.adapters.ranks import padded

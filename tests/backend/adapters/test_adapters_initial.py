@@ -16,7 +16,8 @@ from gpu_driver import free_drivers
 from gpu_models import Judge, save_model
 from initial_adapters import INITS, train
 from multilora_backend.adapters.initial import initial_folder
-from multilora_backend.adapters.peft import check_adapter, open_weights, read_adapter
+from multilora_backend.adapters.opened import open_weights
+from multilora_backend.adapters.peft import check_adapter, read_adapter
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.tensors import parse_header, tensor_of
 from multilora_backend.errors import MultiloraError
