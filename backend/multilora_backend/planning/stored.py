@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -94,4 +94,4 @@ def with_weights(base: BaseModel, plan: AdapterPlan, sites: Sequence[LoraSite], 
         own = stored.read(f"{EMBEDDING}.weight", embedding.shape)
         head = own if base.tied else stored.read(f"{HEAD}.weight", head.shape)
         embedding = own
-    return BaseModel(linears, norms, embedding, head, base.token_id, base.identity)
+    return replace(base, linears=linears, norms=norms, embedding=embedding, head=head)
