@@ -97,7 +97,7 @@ _LEGAL: dict[SequenceStatus, frozenset[SequenceStatus]] = {
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens: a request with n > 1 is n sequences. Owned by the engine's thread alone."""
 
