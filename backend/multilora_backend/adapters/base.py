@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -39,8 +40,8 @@ class BaseModel:
     """[vocabulary, hidden]; None if nothing is known of it."""
     head: Tensor | None = None
     """[vocabulary, hidden], likewise."""
-    token_id: Callable[[str], int | None] | None = None
-    """The id of a token in the base model's tokenizer; None of it: there is no tokenizer."""
+    tokenizer: Tokenizer | None = None
+    """The base model's; None: adapters with tokens of their own are taken as they are, as nobody sends them text."""
 
     @property
     def tied(self) -> bool:

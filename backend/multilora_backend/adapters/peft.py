@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
 from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
 from multilora_backend.adapters.norms import fill_norms
-from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
+from multilora_backend.adapters.own_tokens import TOKENIZER, read_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.placing import place
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.adapters.tensors import Header, parse_header, read_data, read_header, tensor_of
 from multilora_backend.adapters.vocabulary_fill import fill_table
+from multilora_backend.added_tokens import NO_TOKENS, AddedTokens
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -51,7 +53,7 @@ def fingerprint(folder: Path | str) -> Fingerprint:
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     place = os.fspath(folder)
-    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED))
+    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED, TOKENIZER))
 
 
 def check_adapter(
@@ -61,8 +63,7 @@ def check_adapter(
     config = PeftConfig.parse(_read_config(folder, inside))
     with member(folder, WEIGHTS, inside).open("rb") as file:
         plan = _plan(config, read_header(file, WEIGHTS), tuple(sites), base)
-    _check_tokens(folder, plan, inside, base)
-    return plan
+    return replace(plan, tokens=_own_tokens(folder, plan, inside, base))
 
 
 def read_adapter(
@@ -87,12 +88,12 @@ def read_adapter(
     with member(folder, WEIGHTS, inside).open("rb") as file:
         header = read_header(file, WEIGHTS)
         plan = _plan(config, header, tuple(sites), base)
-        _check_tokens(folder, plan, inside, base)
+        tokens = _own_tokens(folder, plan, inside, base)
         data = read_data(file, header, WEIGHTS)
     content = hashlib.sha256(data.data)  # which CPUs have instructions for: half the time of blake2b
     if sha256:
         check_sha256(content.hexdigest(), sha256)
-    version = hashlib.sha256(text + content.digest()).hexdigest()[:VERSION_DIGITS]
+    version = hashlib.sha256(text + content.digest() + tokens.digest.encode()).hexdigest()[:VERSION_DIGITS]
     ranks: Counter[int] = Counter()
     for part in plan.parts:
         copies = max(sites[part.site].experts, 1) if part.expert is None else 0
@@ -109,7 +110,7 @@ def read_adapter(
         extras = allocate_extras(plan.extras, pin)
         effects.append(_fill_extras(extras, plan, sites, base, data))
     invocation = config.alora_invocation_tokens
-    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation)
+    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation, tokens)
 
 
 @lru_cache(maxsize=PLANS_KEPT)
@@ -121,10 +122,12 @@ def _plan(config: PeftConfig, header: Header, sites: tuple[LoraSite, ...], base:
     return plan
 
 
-def _check_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> None:
+def _own_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> AddedTokens:
     # Who trains new tokens trains a table. Of others even a look at the file would cost more than all else.
-    if plan.tables and base is not None and base.token_id is not None and (folder / TOKENIZER).exists():
-        check_tokens(member(folder, TOKENIZER, inside), base.token_id)
+    if not plan.tables or base is None or base.tokenizer is None or not (folder / TOKENIZER).exists():
+        return NO_TOKENS
+    vocabulary = plan.vocabulary or (0 if base.embedding is None else len(base.embedding))
+    return read_tokens(member(folder, TOKENIZER, inside), base.tokenizer, vocabulary)
 
 
 def _fill_extras(

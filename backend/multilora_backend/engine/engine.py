@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.config import Config
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, Slot, StepPlan
 from multilora_backend.engine import memory
@@ -24,7 +25,17 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
 from multilora_backend.models.strategies import create_strategy
-from multilora_backend.protocol import Abort, AdapterCommand, EngineMessage, Failed, Output, Outputs, Stats, Submit
+from multilora_backend.protocol import (
+    Abort,
+    AdapterCommand,
+    EngineMessage,
+    Failed,
+    Output,
+    Outputs,
+    Retokenise,
+    Stats,
+    Submit,
+)
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
@@ -93,6 +104,9 @@ class Engine:
             adapter = admit(self, message)
         except MultiloraError as error:
             self._replies[frontend].append(Failed(message.request_id, error.code, error.message))
+            return
+        if isinstance(adapter, Retokenise):
+            self._replies[frontend].append(adapter)
             return
         for sequence in sequences_of(frontend, message, adapter, self.model.max_model_len):
             if adapter:
@@ -240,11 +254,18 @@ class Engine:
 
     def fail(self, sequences: list[Sequence], code: ErrorCode, message: str) -> None:
         """Ends the requests that these sequences belong to, with one error each."""
-        failed = {sequence.key[:2] for sequence in sequences}
-        if not failed:
+        self._answer(sequences, lambda request_id: Failed(request_id, code, message))
+
+    def retokenise(self, sequences: list[Sequence], tokens: AddedTokens) -> None:
+        """Gives the requests that these sequences belong to back; none of them may have output."""
+        self._answer(sequences, lambda request_id: Retokenise(request_id, tokens))
+
+    def _answer(self, sequences: list[Sequence], message: Callable[[int], EngineMessage]) -> None:
+        ended = {sequence.key[:2] for sequence in sequences}
+        if not ended:
             return
-        for sequence in self._sequences():  # a request's n sequences fail together
-            if sequence.key[:2] in failed:
+        for sequence in self._sequences():  # a request's n sequences end together
+            if sequence.key[:2] in ended:
                 self._finish(sequence, FinishReason.ERROR)
-        for frontend, request_id in sorted(failed):
-            self._replies[frontend].append(Failed(request_id, code, message))
+        for frontend, request_id in sorted(ended):
+            self._replies[frontend].append(message(request_id))

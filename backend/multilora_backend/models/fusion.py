@@ -57,9 +57,9 @@ def base_model(model: Any, folder: Path | None = None) -> BaseModel:
     """What adapters are told of a fused model, whose tokenizer lies in `folder`."""
     norms = {module.name: module.weight.data for module in model.modules() if isinstance(module, Norm)}
     path = None if folder is None else folder / "tokenizer.json"
-    token_id = Tokenizer.from_file(str(path)).token_to_id if path is not None and path.is_file() else None
+    tokenizer = Tokenizer.from_file(str(path)) if path is not None and path.is_file() else None
     own = {linear.index: linear for linear in linears(model)}
-    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, token_id)
+    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, tokenizer)
 
 
 def _fused_layer(
