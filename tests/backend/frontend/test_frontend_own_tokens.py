@@ -51,6 +51,9 @@ def test_it_cuts_and_writes_as_a_tokenizer_to_which_they_were_added(kind, make_c
         assert ids == expected.encode(text).ids
         pieces = b"".join(tokenizer.piece(id_, first=at == 0) for at, id_ in enumerate(ids))
         assert pieces.decode() == expected.decode(ids, skip_special_tokens=False)
+    assert tokenizer.longest_token == max(base.longest_token, 6)
+    long = base.with_tokens(AddedTokens.of([AddedToken(added.tokens[0].id, "x" * 999)]))
+    assert long.longest_token == 999
     assert tokenizer.special_ids == base.special_ids | {added.tokens[0].id}
     assert [base.encode(text) for text in TEXTS] == before, "the base's has stayed as it was"
     assert base.piece(added.tokens[0].id, first=True) == b""
@@ -129,6 +132,18 @@ def test_a_prompt_is_cut_again_once(service, engines, tokenizers):
         len(base.encode("<own>"))
     ]
     wait_until(lambda: not service._in_flight)
+
+
+def test_a_chat_is_cut_again_as_one(service, engines, tokenizers):
+    """The template has written the special tokens."""
+    messages = b'[{"role": "user", "content": "<own>"}]'
+    sender = FakeSender()
+    tensors = {"messages": np.array([messages], dtype=object)}
+    service.handle(RawRequest(tensors, {"lora_name": "tagged", "max_tokens": 2}), sender)
+    assert sender.wait().error is None
+    base = tokenizers["byte_level"]
+    tokenizer = base.with_tokens(AddedTokens.of(more(base._hf)))
+    assert engines.heard("Submit")[-1]["prompt_token_ids"] == tokenizer.encode("<s>user: <own></s>bot:", False)
 
 
 def test_it_does_not_go_on_for_ever(service, engines):
