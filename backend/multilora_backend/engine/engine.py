@@ -13,13 +13,13 @@ import torch
 
 from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.config import Config
-from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, Slot, StepPlan
+from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, StepPlan
 from multilora_backend.engine import memory
 from multilora_backend.engine.adapters import create_adapters, see_to_holders
 from multilora_backend.engine.administration import Administration
 from multilora_backend.engine.admission import admit, sequences_of
+from multilora_backend.engine.outputs import output_of
 from multilora_backend.engine.runner import Launched, create_runner
-from multilora_backend.engine.sampler import Sampled
 from multilora_backend.engine.statistics import Statistics
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
@@ -173,8 +173,10 @@ class Engine:
         outputs: defaultdict[str, list[Output]] = defaultdict(list)
         for slot, token in sampled:
             if not slot.sequence.finished:
-                slot.sequence.token_ids[slot.start + slot.count] = token.token_id
-                outputs[slot.sequence.key[0]].append(self._append(slot, token))
+                output = output_of(slot, token, self.card.eos_token_ids)
+                outputs[slot.sequence.key[0]].append(output)
+                if output.finish_reason is not None:
+                    self._finish(slot.sequence, output.finish_reason)
         self.scheduler.publish(launched.plan)
         for frontend, items in outputs.items():
             self._replies[frontend].append(Outputs(items))
@@ -220,31 +222,6 @@ class Engine:
 
     def _sequences(self) -> list[Sequence]:
         return [*self.scheduler.running.values(), *self.scheduler.waiting.values()]
-
-    def _append(self, slot: Slot, sampled: Sampled) -> Output:
-        """Takes in a slot's token and ends the sequence if that was its last."""
-        sequence = slot.sequence
-        if sampled.logprob is not None:
-            sequence.cumulative_logprob += sampled.logprob
-        reason = self._finish_reason(sequence, sampled.token_id, num_tokens=slot.start + slot.count + 1)
-        if reason is not None:
-            self._finish(sequence, reason)
-        _, request_id, index = sequence.key
-        return Output(
-            request_id=request_id,
-            index=index,
-            token_ids=[sampled.token_id],
-            logprobs=None if sampled.top is None else [sampled.top],
-            cumulative_logprob=sequence.cumulative_logprob,
-            finish_reason=reason,
-        )
-
-    def _finish_reason(self, sequence: Sequence, token_id: int, num_tokens: int) -> FinishReason | None:
-        sampling = sequence.sampling
-        # Before min_tokens the sampler cannot draw any of these.
-        if token_id in sampling.stop_token_ids or (token_id in self.card.eos_token_ids and not sampling.ignore_eos):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if num_tokens >= sequence.max_len else None
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(sequence, reason)
