@@ -97,7 +97,7 @@ _LEGAL: dict[SequenceStatus, frozenset[SequenceStatus]] = {
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens: a request with n > 1 is n sequences. Owned by the engine's thread alone."""
 
@@ -118,6 +118,8 @@ class Sequence:
     """time.monotonic() when the engine received it."""
     max_len: int = 1 << 31
     """Prompt and output tokens at which the sequence ends."""
+    tokens: str = ""
+    """Digest of the added tokens by which the prompt was cut, see `added_tokens`; empty: as the base model's."""
     deadline: float = math.inf
     """When the first token should be there, on the clock of `arrival`; the scheduler fills in its class's."""
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.core import FinishReason, SamplingParams
 from multilora_backend.errors import ErrorCode
 
@@ -34,6 +35,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     adapter: str = ""
     priority: int = 0
     tenant: str = ""
+    tokens: str = ""
+    """Digest of the `AddedTokens` by which the prompt was cut."""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -141,6 +144,13 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     request_id: int
     code: ErrorCode
     message: str
+
+
+class Retokenise(msgspec.Struct, tag=True, frozen=True):
+    """The engine does not have the request: its adapter's tokens are these. It is to be submitted again, cut so."""
+
+    request_id: int
+    tokens: AddedTokens
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,7 +269,7 @@ class AdapterReply(msgspec.Struct, tag=True, frozen=True):
     """Plain JSON, as an operator reads it; see docs/adapters.md, Administration."""
 
 
-EngineMessage: TypeAlias = Ready | Outputs | Failed | Stats | AdapterReply
+EngineMessage: TypeAlias = Ready | Outputs | Failed | Retokenise | Stats | AdapterReply
 
 encoder = msgspec.msgpack.Encoder()
 frontend_decoder: msgspec.msgpack.Decoder[FrontendMessage] = msgspec.msgpack.Decoder(FrontendMessage)

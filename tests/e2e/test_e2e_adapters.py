@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from adapter_traffic import Traffic
+from extras_models import ResizingJudge, save_trained
 from multilora_backend.launcher import TritonServer
 from multilora_client import AdapterNotFound, Client, InvalidRequest, RequestTimeout, ServerError
 from tiny.tasks import BASE, TASKS
@@ -110,6 +112,35 @@ def test_a_replaced_adapter_answers_wholly_as_the_old_or_the_new(operated, clien
     assert running.wrong({"job": {"reverse", "double"}, BASE: {BASE}}) == []
     assert running.wrong({"job": {"double"}}, since=replaced) == []
     client.adapters.unload("job")
+
+
+def test_an_adapter_brings_tokens_of_its_own(operated, client, folder, tmp_path):
+    """Its first request, cut before anybody knows of them, later ones, and a token that it alone may name."""
+    model = ROOT / "examples/tiny/model"
+    save_trained(model, tmp_path / "tagged", 3, 262, modules_to_save=["embed_tokens", "lm_head"], r=4)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["[tool]", "[call]"])
+    tokenizer.save_pretrained(tmp_path / "tagged")
+    prompt, judge = "hi[tool][call] you[tool]", ResizingJudge(model, tmp_path, "cpu")
+    ids = tokenizer(prompt).input_ids
+    assert len(ids) == 11, "2 and 6 letters, 3 tokens more"
+    tokens = list(ids)
+    for _ in range(8):
+        tokens.append(int(judge.logits("tagged", tokens)[-1].argmax()))
+    expected = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True)
+    options = {"max_tokens": 8, "ignore_eos": True, "logprobs": 0}
+    with traffic(operated, BASE, *CONFIGURED) as running:
+        shutil.copytree(tmp_path / "tagged", folder / ".tagged")
+        (folder / ".tagged").rename(folder / "tagged")
+        eventually(lambda: [info["name"] for info in client.adapters.list(prefix="tagged")] == ["tagged"])
+        for _ in range(2):
+            answer = client.generate(prompt, "tagged", temperature=0.0, **options)
+            assert (answer.num_input_tokens, answer.text) == (len(ids), expected)
+        said = client.generate(prompt, "tagged", temperature=0.0, max_tokens=3, logit_bias={261: 100.0})
+        assert said.text == "[call]" * 3
+        with pytest.raises(InvalidRequest, match="logit_bias: token ids must be below the vocabulary's 260"):
+            client.generate(prompt, "upper", logit_bias={261: 100.0})
+    assert running.wrong({BASE: {BASE}, **{name: {name} for name in CONFIGURED}}) == []
 
 
 @pytest.mark.parametrize("change", ["replace", "unload", "move"])

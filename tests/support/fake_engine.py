@@ -4,7 +4,8 @@
 Started like the real one, through `engine_python`, see `frontend_fakes`. What it shall do is in `behaviour.json` in
 the folder $FAKE_ENGINE, read anew at each start; what it hears is appended to `heard` there, a line a message.
 
-Adapters are orders: "missing" is refused, "crash" ends the process with the request, "stuck" never answers.
+Adapters are orders: "missing" is refused, "crash" ends the process with the request, "stuck" never answers, "tagged"
+has tokens of its own, and "restless" has them whenever a request comes without.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from multilora_backend.added_tokens import AddedToken, AddedTokens
 from multilora_backend.core import FinishReason
 from multilora_backend.engine.watch import FrontendWatch
 from multilora_backend.errors import ErrorCode
@@ -35,6 +37,7 @@ from multilora_backend.protocol import (
     Output,
     Outputs,
     Ready,
+    Retokenise,
     Stats,
     Submit,
     encoder,
@@ -106,6 +109,8 @@ class FakeEngine:
             if message.adapter == "missing":
                 error = Failed(message.request_id, ErrorCode.NOT_FOUND, "LoRA missing is not supported")
                 self.send(identity, error)
+            elif (tokens := self.tokens_of(message)).digest != message.tokens:
+                self.send(identity, Retokenise(message.request_id, tokens))
             else:
                 for index in range(message.sampling.n):
                     self.streams[identity, message.request_id, index] = Stream(identity, message, index)
@@ -120,6 +125,11 @@ class FakeEngine:
             del self.names[name]
             return self.watch.remove(name) or self.behaviour.get("stay", False)
         return True
+
+    def tokens_of(self, message: Submit) -> AddedTokens:
+        tokens = msgspec.convert(self.behaviour.get("tokens", []), list[AddedToken])
+        has = message.adapter == "tagged" or (message.adapter == "restless" and not message.tokens)
+        return AddedTokens.of(tokens if has else [])
 
     def command(self, identity: bytes, message: AdapterCommand) -> None:
         """`name` is an order, as for requests; all else is repeated."""

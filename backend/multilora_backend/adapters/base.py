@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from multilora_backend.adapters.base_files import base_fingerprint
@@ -59,8 +60,8 @@ class BaseModel:
     """[vocabulary, hidden]; None if nothing is known of it."""
     head: Tensor | None = None
     """[vocabulary, hidden], likewise."""
-    token_id: Callable[[str], int | None] | None = None
-    """The id of a token in the base model's tokenizer; None of it: there is no tokenizer."""
+    tokenizer: Tokenizer | None = None
+    """The base model's; None: adapters with tokens of their own are taken as they are, as nobody sends them text."""
     identity: BaseIdentity | None = None
     """None: nothing is known of it."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from multilora_backend.adapters.ranks import padded
+from multilora_backend.added_tokens import NO_TOKENS, AddedTokens
 from multilora_backend.core import LoraSite
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class AdapterWeights:
     """In the device pool's layout on the host, in pinned memory if that was asked for."""
 
     version: str
-    """Content hash of the folder's config and weights."""
+    """Content hash of the folder's config and weights, and of tokens of its own."""
     rank: int
     sites: tuple[SiteWeights | None, ...]
     """One for each site of the model; None where the adapter does nothing."""
@@ -67,6 +68,8 @@ class AdapterWeights:
     """What it has besides A and B; None for most adapters."""
     invocation: tuple[int, ...] = ()
     """Tokens from which on it acts; empty: everywhere. See `adapters.activation`."""
+    tokens: AddedTokens = NO_TOKENS
+    """That its tokenizer has and the base model's has not."""
 
     @property
     def nbytes(self) -> int:

@@ -145,6 +145,7 @@ class Lifecycle:
         record.rank, record.nbytes, record.no_effect = weights.rank, weights.nbytes, weights.no_effect
         record.extras_bytes = weights.extras_bytes
         record.vocabulary = 0 if weights.extras is None else weights.extras.vocabulary
+        record.tokens = weights.tokens
         record.fingerprint, record.attempts = outcome.fingerprint, 0
         if outcome.seconds:
             self._costs.read(weights.nbytes, outcome.seconds)
@@ -185,7 +186,8 @@ class Lifecycle:
         record.fingerprint = outcome.fingerprint
         if outcome.plan is not None:
             plan = outcome.plan
-            record.rank, record.extras_bytes, record.vocabulary = plan.rank, plan.extras_bytes, plan.vocabulary
+            record.rank, record.extras_bytes = plan.rank, plan.extras_bytes
+            record.vocabulary, record.tokens = plan.vocabulary, plan.tokens
         reason = outcome.reason or self.residency.pool.too_large(record.rank, record.extras_bytes)
         if reason:
             self._refuse(record, reason, outcome)

@@ -32,6 +32,7 @@ from multilora_backend.adapters.room import grains
 from multilora_backend.adapters.sources import Source
 from multilora_backend.adapters.state import AdapterRecord, AdapterState, AdapterStats, Lease
 from multilora_backend.adapters.statefile import StateFile
+from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.composition import is_composed, parse
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -142,6 +143,10 @@ class AdapterManager(Commands):
     def vocabulary(self, key: str) -> int:
         """Tokens that a revision knows; 0: those of the base model, as far as is known before it was looked at."""
         return self._record(key).vocabulary
+
+    def tokens(self, key: str) -> AddedTokens:
+        """Tokens of a revision that the base model does not know; none before it was looked at."""
+        return self._record(key).tokens
 
     def hold(self, key: str) -> None:
         """A sequence has this revision from now on; each hold is ended by `drop`. Its bytes stay until then."""

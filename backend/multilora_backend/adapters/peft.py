@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, Si
 from multilora_backend.adapters.lineage import BASE_CONFIG, check_base_config, check_recorded, check_vocabulary
 from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.opened import OpenWeights, open_weights
-from multilora_backend.adapters.own_tokens import TOKENIZER, check_tokens
+from multilora_backend.adapters.own_tokens import TOKENIZER, read_tokens
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.peft_plan import AdapterPlan, Part, plan_adapter
 from multilora_backend.adapters.placing import place
 from multilora_backend.adapters.state import Fingerprint
 from multilora_backend.adapters.tensors import Header, parse_header, tensor_of
 from multilora_backend.adapters.vocabulary_fill import fill_table
+from multilora_backend.added_tokens import NO_TOKENS, AddedTokens
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -50,7 +52,7 @@ def fingerprint(folder: Path | str) -> Fingerprint:
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     place = os.fspath(folder)
-    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED))
+    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED, TOKENIZER))
 
 
 def check_adapter(
@@ -86,7 +88,7 @@ def read_adapter(
         data, content = opened.read()
     if sha256:
         check_sha256(content[0].hex(), sha256)
-    version = hashlib.sha256(text + b"".join(content)).hexdigest()[:VERSION_DIGITS]
+    version = hashlib.sha256(text + b"".join(content) + plan.tokens.digest.encode()).hexdigest()[:VERSION_DIGITS]
     ranks: Counter[int] = Counter()
     for part in plan.parts:
         copies = max(sites[part.site].experts, 1) if part.expert is None else 0
@@ -103,7 +105,7 @@ def read_adapter(
         extras = allocate_extras(plan.extras, pin)
         effects.append(_fill_extras(extras, plan, sites, base, data))
     invocation = config.alora_invocation_tokens
-    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation)
+    return AdapterWeights(version, plan.rank, weights, buffers, not any(effects), extras, invocation, plan.tokens)
 
 
 def _checked(
@@ -115,8 +117,7 @@ def _checked(
     plan = _plan(weights.config, weights.header, sites, base)
     if base is not None:
         check_vocabulary(trained_on, base, plan.vocabulary)
-    _check_tokens(folder, plan, inside, base)
-    return plan
+    return replace(plan, tokens=_own_tokens(folder, plan, inside, base))
 
 
 @lru_cache(maxsize=PLANS_KEPT)
@@ -130,10 +131,12 @@ def _plan(config: PeftConfig, header: Header, sites: tuple[LoraSite, ...], base:
     return plan
 
 
-def _check_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> None:
+def _own_tokens(folder: Path, plan: AdapterPlan, inside: Sequence[Path], base: BaseModel | None) -> AddedTokens:
     # Who trains new tokens trains a table. Of others even a look at the file would cost more than all else.
-    if plan.tables and base is not None and base.token_id is not None and (folder / TOKENIZER).exists():
-        check_tokens(member(folder, TOKENIZER, inside), base.token_id)
+    if not plan.tables or base is None or base.tokenizer is None or not (folder / TOKENIZER).exists():
+        return NO_TOKENS
+    vocabulary = plan.vocabulary or (0 if base.embedding is None else len(base.embedding))
+    return read_tokens(member(folder, TOKENIZER, inside), base.tokenizer, vocabulary)
 
 
 def _fill_extras(

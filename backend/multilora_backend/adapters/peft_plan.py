@@ -17,6 +17,7 @@ from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.targets import Target, check_parameters, parameter_modules, refusal, targets
 from multilora_backend.adapters.tensors import TensorInfo
 from multilora_backend.adapters.vocabulary import TablePart, plan_tables
+from multilora_backend.added_tokens import NO_TOKENS, AddedTokens
 from multilora_backend.core import LoraSite
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
 
@@ -56,6 +57,8 @@ class AdapterPlan:
     """What is done to the embedding and to the head."""
     extras: tuple[ExtraSpec, ...] = ()
     """Tensors besides A and B."""
+    tokens: AddedTokens = NO_TOKENS
+    """That its tokenizer has and the base model's has not."""
 
     @property
     def vocabulary(self) -> int:

@@ -16,5 +16,7 @@ class Polled:
     """Keys of which nothing is left, and what those of their holders go on with who have no output yet."""
     read: list[AdapterRecord] = field(default_factory=list)
     """Whose version is known now."""
+    own_tokens: list[str] = field(default_factory=list)
+    """Keys that were read or checked and have tokens that the base model has not: prompts may have to be cut again."""
     stale: list[AdapterRecord] = field(default_factory=list)
     """Compositions that cannot be made any more, as sources of parts have changed."""

@@ -8,6 +8,8 @@ from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from multilora_backend.added_tokens import NO_TOKENS, AddedTokens
+
 if TYPE_CHECKING:
     from multilora_backend.adapters.entry import AdapterEntry
 
@@ -79,6 +81,8 @@ class AdapterRecord:
     """Of the device's memory for what it has besides A and B."""
     vocabulary: int = field(default=0, init=False)
     """Tokens that it knows; 0: those of the base model, or unread."""
+    tokens: AddedTokens = field(default=NO_TOKENS, init=False)
+    """That its tokenizer has and the base model's has not; none: there are none, or unread."""
     nbytes: int = field(default=0, init=False)
     """On the host, in device layout."""
     no_effect: bool = field(default=False, init=False)

@@ -19,6 +19,7 @@ from multilora_backend.adapters.sources import Roots, parse_source
 from multilora_backend.adapters.statefile import StateFile
 from multilora_backend.adapters.watcher import Watcher
 from multilora_backend.config import Config
+from multilora_backend.core import Sequence
 from multilora_backend.engine import memory
 from multilora_backend.errors import ErrorCode
 from multilora_backend.models.fusion import base_model
@@ -95,6 +96,8 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
     """Sequences whose revision cannot be served go on with its successor, or end with the reason."""
     for key in polled.failed:
         engine.fail(engine.scheduler.waiting_for(key), ErrorCode.INTERNAL, engine.adapters.reason(key))
+    for key in polled.own_tokens:
+        _cut_again(engine, engine.scheduler.waiting_for(key), key)
     for key, successor in polled.moved:
         waiting = engine.scheduler.waiting_for(key)
         # What has output cannot go on with other weights: it would be half of one and half of another adapter.
@@ -102,8 +105,15 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
         name = engine.adapters.records[key].title
         message = f"LoRA {name} was changed at its source while this request waited to go on with what it was before"
         engine.fail([s for s in waiting if s.key[:2] in begun], ErrorCode.UNAVAILABLE, message)
+        _cut_again(engine, [sequence for sequence in waiting if not sequence.finished], successor)
         for sequence in waiting:
             if not sequence.finished:
                 engine.adapters.hold(successor)
                 engine.scheduler.reassign(sequence, successor)
                 engine.adapters.drop(key)
+
+
+def _cut_again(engine: Engine, waiting: list[Sequence], key: str) -> None:
+    """Prompts that came before it was known what tokens the adapter has. Nothing of them can have run with it."""
+    tokens = engine.adapters.tokens(key)
+    engine.retokenise([sequence for sequence in waiting if sequence.tokens != tokens.digest], tokens)

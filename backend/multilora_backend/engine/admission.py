@@ -7,16 +7,20 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from multilora_backend.added_tokens import NO_TOKENS
 from multilora_backend.core import Sequence
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
-from multilora_backend.protocol import Submit
+from multilora_backend.protocol import Retokenise, Submit
 
 if TYPE_CHECKING:
     from multilora_backend.engine.engine import Engine
 
 
-def admit(engine: Engine, message: Submit) -> str:
-    """The key of the request's adapter, empty for none. Raises MultiloraError if the request cannot be taken in."""
+def admit(engine: Engine, message: Submit) -> str | Retokenise:
+    """The key of the request's adapter, empty for none, or how else the prompt is to be cut.
+
+    Raises MultiloraError if the request cannot be taken in.
+    """
     prompt = len(message.prompt_token_ids)
     if not 1 <= prompt < engine.model.max_model_len:
         limit = engine.model.max_model_len - 1
@@ -25,12 +29,24 @@ def admit(engine: Engine, message: Submit) -> str:
         limit = engine.config.max_waiting
         raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")
     adapter = engine.adapters.resolve(message.adapter, message.tenant) if message.adapter else ""
+    if (tokens := engine.adapters.tokens(adapter) if adapter else NO_TOKENS).digest != message.tokens:
+        return Retokenise(message.request_id, tokens)
     known = engine.adapters.vocabulary(adapter) if adapter else 0
-    vocabulary = known or engine.card.vocab_size
-    if max(message.prompt_token_ids) >= vocabulary or min(message.prompt_token_ids) < 0:
-        raise invalid("text_input", f"token ids must be below the vocabulary's {vocabulary}")
+    _check_ids(message, known or engine.card.vocab_size)
     engine.scheduler.check(message.tenant, adapter, message.sampling.n)
     return adapter
+
+
+def _check_ids(message: Submit, vocabulary: int) -> None:
+    sampling = message.sampling
+    ids = {
+        "text_input": message.prompt_token_ids,
+        "stop_token_ids": sampling.stop_token_ids,
+        "logit_bias": sampling.logit_bias or (),
+    }
+    for field, values in ids.items():
+        if values and (max(values) >= vocabulary or min(values) < 0):
+            raise invalid(field, f"token ids must be below the vocabulary's {vocabulary}")
 
 
 def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: int) -> list[Sequence]:
@@ -47,6 +63,7 @@ def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: in
             adapter=adapter,
             priority=message.priority,
             tenant=message.tenant,
+            tokens=message.tokens,
             arrival=time.monotonic(),
             max_len=min(len(prompt) + sampling.max_tokens, max_model_len),
         )

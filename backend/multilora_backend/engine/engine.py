@@ -11,20 +11,31 @@ from collections.abc import Callable
 
 import torch
 
+from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.config import Config
-from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, Slot, StepPlan
+from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, Sequence, StepPlan
 from multilora_backend.engine import memory
 from multilora_backend.engine.adapters import create_adapters, see_to_holders
 from multilora_backend.engine.administration import Administration
 from multilora_backend.engine.admission import admit, sequences_of
+from multilora_backend.engine.outputs import output_of
 from multilora_backend.engine.runner import Launched, create_runner
-from multilora_backend.engine.sampler import Sampled
 from multilora_backend.engine.statistics import Statistics
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.models.fusion import linears
 from multilora_backend.models.loader import attach_kv_cache, load_model, model_card
 from multilora_backend.models.strategies import create_strategy
-from multilora_backend.protocol import Abort, AdapterCommand, EngineMessage, Failed, Output, Outputs, Stats, Submit
+from multilora_backend.protocol import (
+    Abort,
+    AdapterCommand,
+    EngineMessage,
+    Failed,
+    Output,
+    Outputs,
+    Retokenise,
+    Stats,
+    Submit,
+)
 from multilora_backend.scheduling.pages import PageTable
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
@@ -94,6 +105,9 @@ class Engine:
         except MultiloraError as error:
             self._replies[frontend].append(Failed(message.request_id, error.code, error.message))
             return
+        if isinstance(adapter, Retokenise):
+            self._replies[frontend].append(adapter)
+            return
         for sequence in sequences_of(frontend, message, adapter, self.model.max_model_len):
             if adapter:
                 self.adapters.hold(adapter)
@@ -159,8 +173,10 @@ class Engine:
         outputs: defaultdict[str, list[Output]] = defaultdict(list)
         for slot, token in sampled:
             if not slot.sequence.finished:
-                slot.sequence.token_ids[slot.start + slot.count] = token.token_id
-                outputs[slot.sequence.key[0]].append(self._append(slot, token))
+                output = output_of(slot, token, self.card.eos_token_ids)
+                outputs[slot.sequence.key[0]].append(output)
+                if output.finish_reason is not None:
+                    self._finish(slot.sequence, output.finish_reason)
         self.scheduler.publish(launched.plan)
         for frontend, items in outputs.items():
             self._replies[frontend].append(Outputs(items))
@@ -207,31 +223,6 @@ class Engine:
     def _sequences(self) -> list[Sequence]:
         return [*self.scheduler.running.values(), *self.scheduler.waiting.values()]
 
-    def _append(self, slot: Slot, sampled: Sampled) -> Output:
-        """Takes in a slot's token and ends the sequence if that was its last."""
-        sequence = slot.sequence
-        if sampled.logprob is not None:
-            sequence.cumulative_logprob += sampled.logprob
-        reason = self._finish_reason(sequence, sampled.token_id, num_tokens=slot.start + slot.count + 1)
-        if reason is not None:
-            self._finish(sequence, reason)
-        _, request_id, index = sequence.key
-        return Output(
-            request_id=request_id,
-            index=index,
-            token_ids=[sampled.token_id],
-            logprobs=None if sampled.top is None else [sampled.top],
-            cumulative_logprob=sequence.cumulative_logprob,
-            finish_reason=reason,
-        )
-
-    def _finish_reason(self, sequence: Sequence, token_id: int, num_tokens: int) -> FinishReason | None:
-        sampling = sequence.sampling
-        # Before min_tokens the sampler cannot draw any of these.
-        if token_id in sampling.stop_token_ids or (token_id in self.card.eos_token_ids and not sampling.ignore_eos):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if num_tokens >= sequence.max_len else None
-
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(sequence, reason)
         if sequence.adapter:
@@ -240,11 +231,18 @@ class Engine:
 
     def fail(self, sequences: list[Sequence], code: ErrorCode, message: str) -> None:
         """Ends the requests that these sequences belong to, with one error each."""
-        failed = {sequence.key[:2] for sequence in sequences}
-        if not failed:
+        self._answer(sequences, lambda request_id: Failed(request_id, code, message))
+
+    def retokenise(self, sequences: list[Sequence], tokens: AddedTokens) -> None:
+        """Gives the requests that these sequences belong to back; none of them may have output."""
+        self._answer(sequences, lambda request_id: Retokenise(request_id, tokens))
+
+    def _answer(self, sequences: list[Sequence], message: Callable[[int], EngineMessage]) -> None:
+        ended = {sequence.key[:2] for sequence in sequences}
+        if not ended:
             return
-        for sequence in self._sequences():  # a request's n sequences fail together
-            if sequence.key[:2] in failed:
+        for sequence in self._sequences():  # a request's n sequences end together
+            if sequence.key[:2] in ended:
                 self._finish(sequence, FinishReason.ERROR)
-        for frontend, request_id in sorted(failed):
-            self._replies[frontend].append(Failed(request_id, code, message))
+        for frontend, request_id in sorted(ended):
+            self._replies[frontend].append(message(request_id))

@@ -16,7 +16,18 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.connection import Connection
 from multilora_backend.frontend.engine_process import Engines
 from multilora_backend.frontend.listener import Listener
-from multilora_backend.protocol import Abort, AdapterCommand, AdapterReply, Failed, Hello, Outputs, Ready, Stats, Submit
+from multilora_backend.protocol import (
+    Abort,
+    AdapterCommand,
+    AdapterReply,
+    Failed,
+    Hello,
+    Outputs,
+    Ready,
+    Retokenise,
+    Stats,
+    Submit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +175,8 @@ class Link:
                 self._listener.on_outputs(message.items)
             elif isinstance(message, Failed):
                 self._listener.on_failed(message)
+            elif isinstance(message, Retokenise):
+                self._listener.on_retokenise(message)
             elif isinstance(message, AdapterReply):
                 self._listener.on_reply(message)
             elif isinstance(message, Stats):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from multilora_backend.protocol import AdapterReply, Failed, Output, Ready, Stats
+from multilora_backend.protocol import AdapterReply, Failed, Output, Ready, Retokenise, Stats
 
 
 class Listener:
@@ -14,6 +14,8 @@ class Listener:
     def on_outputs(self, outputs: list[Output]) -> None: ...
 
     def on_failed(self, failed: Failed) -> None: ...
+
+    def on_retokenise(self, message: Retokenise) -> None: ...
 
     def on_reply(self, reply: AdapterReply) -> None: ...
 

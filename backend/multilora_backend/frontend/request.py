@@ -8,7 +8,7 @@ field and the limit. What only the engine knows (does the adapter exist?) it ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -20,7 +20,10 @@ from multilora_backend.frontend.routing import ADAPTER_NAMES, KEYS, read_routing
 from multilora_backend.frontend.sampling import INPUTS, parse_sampling
 from multilora_backend.frontend.tensors import flag, json_value, shown, string
 from multilora_backend.frontend.tokenizer import Tokenizer
+from multilora_backend.frontend.tokenizers import Tokenizers
 from multilora_backend.protocol import ModelCard
+
+MAX_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class GenerateRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     """max_tokens is already cut to what the context leaves."""
+    max_tokens: int
+    """That the client asked for."""
+    chat: bool
+    """The prompt is a rendered template, which has special tokens in it."""
     adapter: str
     """Empty for the base model."""
     stream: bool
@@ -54,8 +61,10 @@ class GenerateRequest:
     """The client set `logprobs`; without it return_logprobs reports null, as vllm_backend does."""
 
 
-def parse(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer) -> GenerateRequest:
-    """Raises MultiloraError; the cheap checks come before the prompt is tokenised."""
+def parse(
+    raw: RawRequest, card: ModelCard, config: Config, tokenizers: Tokenizers
+) -> tuple[GenerateRequest, Tokenizer]:
+    """And the tokenizer that cut the prompt. Raises MultiloraError; the cheap checks come before that."""
     for name in raw.tensors:
         if name in ("image", "embedding_request"):
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is not supported: this model takes and gives text")
@@ -66,12 +75,18 @@ def parse(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer
     wanted = {name: bool(flag(raw.tensors, name)) for name in sorted(INPUTS) if name.startswith("return_")}
     parameters, options = _options(raw, config)
     routing = read_routing(raw.tensors, raw.parameters, options, card, config)
-    sampling, has_logprobs = _sampling(raw, parameters, options, wanted, config, card)
-    text, ids = _prompt(raw, card, config, tokenizer)
-    return GenerateRequest(
+    # Only the engine knows how many tokens an adapter has.
+    vocabulary = MAX_TOKEN_ID + 1 if routing.adapter else card.vocab_size
+    sampling, has_logprobs = _sampling(raw, parameters, options, wanted, config, vocabulary)
+    tokenizer = tokenizers.of(routing.adapter)
+    text, chat = _text(raw, config, tokenizer)
+    ids = _cut(text, chat, card, tokenizer)
+    request = GenerateRequest(
         prompt_text=text,
         prompt_token_ids=ids,
         sampling=_fitted(sampling, len(ids), card.max_model_len),
+        max_tokens=sampling.max_tokens,
+        chat=chat,
         adapter=routing.adapter,
         stream=stream,
         echo=echo,
@@ -80,6 +95,14 @@ def parse(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer
         has_logprobs=has_logprobs,
         **wanted,
     )
+    return request, tokenizer
+
+
+def cut_again(request: GenerateRequest, card: ModelCard, tokenizer: Tokenizer) -> GenerateRequest:
+    """The request as it would be had this tokenizer been known to be its adapter's. Raises MultiloraError."""
+    ids = _cut(request.prompt_text, request.chat, card, tokenizer)
+    sampling = msgspec.structs.replace(request.sampling, max_tokens=request.max_tokens)
+    return replace(request, prompt_token_ids=ids, sampling=_fitted(sampling, len(ids), card.max_model_len))
 
 
 def _echo(raw: RawRequest, stream: bool) -> bool:
@@ -110,7 +133,7 @@ def _sampling(
     options: Mapping[str, object],
     wanted: Mapping[str, bool],
     config: Config,
-    card: ModelCard,
+    vocabulary: int,
 ) -> tuple[SamplingParams, bool]:
     """The tensor if there is one, else the request parameters: never a mixture. And whether it sets `logprobs`."""
     if "sampling_parameters" in raw.tensors:
@@ -118,7 +141,7 @@ def _sampling(
     else:
         source, values = "parameters", parameters
     sampling = parse_sampling(
-        {name: value for name, value in values.items() if name not in KEYS}, source, config, card.vocab_size
+        {name: value for name, value in values.items() if name not in KEYS}, source, config, vocabulary
     )
     has_logprobs = sampling.logprobs is not None
     if wanted["return_cumulative_logprob"] and not has_logprobs:
@@ -126,29 +149,33 @@ def _sampling(
     return sampling, has_logprobs
 
 
-def _prompt(raw: RawRequest, card: ModelCard, config: Config, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The prompt's text and its ids, from `text_input` or through the chat template from `messages`."""
+def _text(raw: RawRequest, config: Config, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """The prompt from `text_input`, or from `messages` through the chat template, and whether it is a chat."""
     text = string(raw.tensors, "text_input", config.max_prompt_bytes)
     chat = string(raw.tensors, "messages", config.max_prompt_bytes)
     if text is not None and chat is not None:
         raise invalid("messages", "must not be sent together with text_input")
     if chat is not None:
-        field, text = "messages", tokenizer.render(json_value("messages", chat))
-    elif text is not None:
-        field = "text_input"
-    else:
+        return tokenizer.render(json_value("messages", chat)), True
+    if text is None:
         raise invalid("text_input", "is required (or messages, for a chat)")
+    return text, False
+
+
+def _cut(text: str, chat: bool, card: ModelCard, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's ids."""
+    field = "messages" if chat else "text_input"
     limit = f"must have at most {card.max_model_len - 1} tokens (max_model_len less one to generate)"
     # Tokenising megabytes takes seconds, and this many characters cannot fit.
     if len(text) > tokenizer.longest_token * card.max_model_len:
         raise invalid(field, f"{limit}, got a text of {len(text)} characters")
     # A template has written its special tokens itself.
-    ids = tokenizer.encode(text, add_special_tokens=field == "text_input") if text else []
+    ids = tokenizer.encode(text, add_special_tokens=not chat) if text else []
     if not ids:
         raise invalid(field, "is empty: a prompt needs at least one token")
     if len(ids) >= card.max_model_len:
         raise invalid(field, f"{limit}, got {len(ids)}")
-    return text, ids
+    return ids
 
 
 def _fitted(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> SamplingParams:

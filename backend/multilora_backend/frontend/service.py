@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.config import Config
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend import runtime
@@ -22,10 +23,11 @@ from multilora_backend.frontend.link import Link
 from multilora_backend.frontend.listener import Listener
 from multilora_backend.frontend.metrics import Metrics
 from multilora_backend.frontend.outbox import Delivery, Outbox, Outcome, Sender
-from multilora_backend.frontend.request import RawRequest, parse
+from multilora_backend.frontend.request import GenerateRequest, RawRequest, cut_again, parse
 from multilora_backend.frontend.response import ResponseBuilder
 from multilora_backend.frontend.tokenizer import Tokenizer
-from multilora_backend.protocol import Failed, Hello, ModelCard, Output, Ready, Stats, Submit
+from multilora_backend.frontend.tokenizers import Tokenizers
+from multilora_backend.protocol import Failed, Hello, ModelCard, Output, Ready, Retokenise, Stats, Submit
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ INLINE_BYTES = 16 * 1024
 """Longer inputs are tokenised on a pool, so that a 4 MiB prompt (seconds) does not keep others from being accepted."""
 PARSE_THREADS = 2
 DRAIN_S = 5.0
+MAX_CUTS = 4
+"""So often a request is handed back and cut anew: once, unless its adapter is replaced at that moment."""
 
 
 class Service(Listener):
@@ -49,7 +53,7 @@ class Service(Listener):
         """Guarded by the lock: who takes a delivery out of it settles what becomes of the request."""
         self._request_ids = itertools.count(1)
         self._closing = False
-        self._model_side: tuple[ModelCard, Tokenizer] | None = None
+        self._model_side: tuple[ModelCard, Tokenizers] | None = None
         self._outbox = Outbox(self)
         self._pool = ThreadPoolExecutor(PARSE_THREADS, thread_name_prefix="parse")
         folder = runtime.RuntimeFolder(runtime.folder_for(config, model, version, server_pid))
@@ -113,26 +117,52 @@ class Service(Listener):
     def _submit(self, raw: RawRequest, sender: Sender, arrival: float) -> None:
         if self._closing or self._model_side is None:
             raise MultiloraError(ErrorCode.UNAVAILABLE, "the model is being unloaded")
-        card, tokenizer = self._model_side
-        request = parse(raw, card, self._config, tokenizer)
-        delivery = Delivery(next(self._request_ids), sender, request, ResponseBuilder(request, tokenizer), arrival)
+        card, tokenizers = self._model_side
+        request, tokenizer = parse(raw, card, self._config, tokenizers)
+        delivery = Delivery(next(self._request_ids), sender, arrival=arrival)
         with self._lock:
             self._in_flight[delivery.request_id] = delivery
         try:
-            self._link.submit(
-                Submit(
-                    delivery.request_id,
-                    request.prompt_token_ids,
-                    request.sampling,
-                    request.adapter,
-                    request.priority,
-                    request.tenant,
-                )
-            )
+            self._send(delivery, request, tokenizer)
         except MultiloraError as error:
             self._fail(delivery.request_id, error)
             return
         self._outbox.watch(delivery)
+
+    def _send(self, delivery: Delivery, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+        """To the engine, as `tokenizer` has cut its prompt."""
+        delivery.request, delivery.builder = request, ResponseBuilder(request, tokenizer)
+        self._link.submit(
+            Submit(
+                delivery.request_id,
+                request.prompt_token_ids,
+                request.sampling,
+                request.adapter,
+                request.priority,
+                request.tenant,
+                tokenizer.digest,
+            )
+        )
+
+    def _send_again(self, delivery: Delivery, added: AddedTokens) -> None:
+        """The engine has handed a request back, of which it has given nothing out yet."""
+        assert self._model_side is not None
+        card, tokenizers = self._model_side
+        request = delivery.request
+        try:
+            if request is None or delivery.cuts >= MAX_CUTS:
+                why = f"the tokens of LoRA {request.adapter if request else ''} have changed {MAX_CUTS} times meanwhile"
+                raise MultiloraError(ErrorCode.UNAVAILABLE, f"{why}; please retry")
+            delivery.cuts += 1
+            tokenizer = tokenizers.learn(request.adapter, added)
+            self._send(delivery, cut_again(request, card, tokenizer), tokenizer)
+        except MultiloraError as error:
+            self._fail(delivery.request_id, error)
+        except Exception as error:  # as in _accept
+            log.exception("request %d could not be cut again", delivery.request_id)
+            self._fail(
+                delivery.request_id, MultiloraError(ErrorCode.INTERNAL, f"the request could not be read: {error}")
+            )
 
     def _fail(self, request_id: int, error: MultiloraError) -> None:
         with self._lock:
@@ -148,7 +178,7 @@ class Service(Listener):
 
     def on_ready(self, ready: Ready) -> None:
         if self._model_side is None or self._model_side[0] != ready.card:
-            self._model_side = ready.card, Tokenizer(ready.card)
+            self._model_side = ready.card, Tokenizers(Tokenizer(ready.card))
 
     def on_outputs(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -158,6 +188,11 @@ class Service(Listener):
 
     def on_failed(self, failed: Failed) -> None:
         self._fail(failed.request_id, MultiloraError(failed.code, failed.message))
+
+    def on_retokenise(self, message: Retokenise) -> None:
+        delivery = self._in_flight.get(message.request_id)
+        if delivery is not None and not self._closing:
+            self._pool.submit(self._send_again, delivery, message.tokens)
 
     def on_stats(self, stats: Stats, leads: bool) -> None:
         if self._metrics is not None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 from tokenizers import Tokenizer as HfTokenizer
 
+from multilora_backend.added_tokens import AddedTokens, extended
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.chat import ChatTemplate
 from multilora_backend.protocol import ModelCard
@@ -26,6 +28,8 @@ class Tokenizer:
 
     def __init__(self, card: ModelCard) -> None:
         """Raises MultiloraError(UNSUPPORTED) if a token's text depends on more than whether it comes first."""
+        self.digest = ""
+        """Of `AddedTokens`."""
         self._hf = HfTokenizer.from_str(card.tokenizer_json.decode("utf-8"))
         # A tokenizer file may carry its training's truncation and padding; a prompt is neither cut nor filled.
         self._hf.no_truncation()
@@ -35,12 +39,21 @@ class Tokenizer:
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
         self._pieces: dict[tuple[int, bool], bytes] = {}
-        added = self._hf.get_added_tokens_decoder()
-        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self.special_ids = self._special_ids()
         self.longest_token = max(map(len, self._hf.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the vocabulary's longest entry: a text has at least len / longest tokens."""
         self._anchor = self._find_anchor()
         self._check()
+
+    def with_tokens(self, added: AddedTokens) -> Tokenizer:
+        """One that knows these tokens as well, and shares all else."""
+        tokenizer = copy(self)
+        tokenizer.digest = added.digest
+        tokenizer._hf = extended(self._hf, added)
+        tokenizer._pieces = {}
+        tokenizer.special_ids = tokenizer._special_ids()
+        tokenizer.longest_token = max(self.longest_token, *(len(token.content) for token in added.tokens))
+        return tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # The plain `encode` holds the GIL, 0.7 s for 1 MB of text, in which no other request would get its tokens;
@@ -81,6 +94,9 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False).encode()
         before = self.decode([self._anchor], skip_special_tokens=False)
         return self.decode([self._anchor, token_id], skip_special_tokens=False)[len(before) :].encode()
+
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(id_ for id_, token in self._hf.get_added_tokens_decoder().items() if token.special)
 
     def _find_anchor(self) -> int | None:
         """An ordinary word or letter, in whose company other tokens show what they add after a first one."""

@@ -57,10 +57,10 @@ def base_model(model: Any, folder: Path | None = None) -> BaseModel:
     """What adapters are told of a fused model, whose tokenizer and weights lie in `folder`."""
     norms = {module.name: module.weight.data for module in model.modules() if isinstance(module, Norm)}
     path = None if folder is None else folder / "tokenizer.json"
-    token_id = Tokenizer.from_file(str(path)).token_to_id if path is not None and path.is_file() else None
+    tokenizer = Tokenizer.from_file(str(path)) if path is not None and path.is_file() else None
     own = {linear.index: linear for linear in linears(model)}
     identity = None if folder is None else BaseIdentity(type(model).__name__, model.config.to_dict(), folder)
-    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, token_id, identity)
+    return BaseModel(own, norms, model.model.embed_tokens.weight, model.lm_head.weight, tokenizer, identity)
 
 
 def _fused_layer(

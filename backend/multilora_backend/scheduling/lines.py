@@ -19,7 +19,7 @@ FORGET_AT = 256
 """Tenants, at least, before those that have nothing here are forgotten: their names come from clients."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Line:
     """Sequences of one class, tenant and adapter. Within it, first come, first served."""
 

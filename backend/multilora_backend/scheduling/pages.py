@@ -60,15 +60,14 @@ class PageTable:
         if not self.caching:
             return
         found: list[int] = []
-        hashes = self._chain(sequence, root, (sequence.num_tokens - 1) // self.page_size)
-        for digest in hashes:
+        self._chain(sequence, root, (sequence.num_tokens - 1) // self.page_size)
+        for digest in sequence.page_hashes:
             page = self._page_of.get(digest)
             if page is None:
                 break
             found.append(page)
         for page in found:
             self._hold(page)
-        sequence.page_hashes = hashes
         sequence.pages = found
         sequence.num_published = len(found)
         sequence.num_computed = sequence.num_cached = len(found) * self.page_size
@@ -94,9 +93,9 @@ class PageTable:
         first, full = sequence.num_published, sequence.num_computed // self.page_size
         if full <= first:
             return
-        if full > len(sequence.page_hashes):
-            sequence.page_hashes = self._chain(sequence, root, full)
-        for page, digest in zip(sequence.pages[first:full], sequence.page_hashes[first:full], strict=True):
+        self._chain(sequence, root, full)
+        for index in range(first, full):
+            page, digest = sequence.pages[index], sequence.page_hashes[index]
             if page not in self._hash_of and digest not in self._page_of:
                 self._hash_of[page] = digest
                 self._page_of[digest] = page
@@ -132,16 +131,15 @@ class PageTable:
         if digest is not None:
             del self._page_of[digest]
 
-    def _chain(self, sequence: Sequence, root: bytes, count: int) -> list[bytes]:
-        """Chain hashes of the first `count` pages; those that the sequence already knows are not computed again."""
-        hashes = sequence.page_hashes[:count]
+    def _chain(self, sequence: Sequence, root: bytes, count: int) -> None:
+        """Chain hashes of at least the first `count` pages, all of them full; those that are known are not computed."""
+        hashes, size = sequence.page_hashes, self.page_size
         parent = hashes[-1] if hashes else b""
         start = sequence.adapter_start
         for i in range(len(hashes), count):
-            if i == start // self.page_size:
+            if i == start // size:
                 # Where in the page it starts depends on tokens behind it: the invocation may go on there.
                 parent += root + start.to_bytes(8, "little") if start else root
-            tokens = array("q", sequence.token_ids[i * self.page_size : (i + 1) * self.page_size])
+            tokens = array("q", sequence.token_ids[i * size : (i + 1) * size])
             parent = hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
             hashes.append(parent)
-        return hashes

@@ -135,9 +135,13 @@ class Scheduler:
 
     def publish(self, plan: StepPlan) -> None:
         """After a step: what it computed can be found by other sequences."""
+        if not self.pages.caching:
+            return
+        size = self.pages.page_size
         for slot in plan.slots:
-            if slot.sequence.pages:
-                self.pages.publish(slot.sequence, slot.sequence.root)
+            sequence = slot.sequence
+            if sequence.pages and sequence.num_computed // size > sequence.num_published:
+                self.pages.publish(sequence, sequence.root)
 
     def _continue_running(self) -> tuple[list[Slot], list[Sequence], int]:
         budget = self.max_num_batched_tokens

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -142,31 +140,3 @@ def test_without_the_base_model_they_are_refused(folders, models, tmp_path):
         save_trained(folders[False], tmp_path / field, target_modules=Q, **{field: value})
         with pytest.raises(MultiloraError, match=f"^{field}: needs the base model, which is not loaded"):
             check_adapter(tmp_path / field, sites)
-
-
-def test_tokens_that_the_base_models_tokenizer_does_not_know(folders, models, tmp_path):
-    """Or prompts would be cut in other pieces than those that the adapter was trained on."""
-    sites, base = models[False]
-    base = dataclasses.replace(base, token_id={"<s>": 1, "a": 4}.get)
-    save_trained(folders[False], tmp_path / "tables", vocabulary=33, target_modules=Q)
-    save_trained(folders[False], tmp_path / "linears", target_modules=Q)
-    known = {"added_tokens": [{"content": "<s>", "id": 1}, {"content": "a", "id": 4}]}
-    more = {"added_tokens": [*known["added_tokens"], {"content": "<tool>", "id": 31}]}
-    other = {"added_tokens": [{"content": "a", "id": 5}]}
-    for content, match in (
-        (known, ""),
-        (more, r"'<tool>' \(31\) is not the base"),
-        (other, r"'a' \(5\) is not the base"),
-    ):
-        for name in ("tables", "linears"):
-            (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
-            if match and name == "tables":
-                with pytest.raises(MultiloraError, match=rf"^tokenizer\.json: token {match}"):
-                    check_adapter(tmp_path / name, sites, base=base)
-                with pytest.raises(MultiloraError, match=rf"^tokenizer\.json: token {match}"):
-                    read_adapter(tmp_path / name, sites, torch.float32, base=base)
-            else:
-                check_adapter(tmp_path / name, sites, base=base)
-    (tmp_path / "tables" / "tokenizer.json").write_text("[]")
-    with pytest.raises(MultiloraError, match=r"^tokenizer\.json: is not a tokenizer's file"):
-        check_adapter(tmp_path / "tables", sites, base=base)

@@ -16,6 +16,7 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend.request import GenerateRequest, RawRequest
 from multilora_backend.frontend.request import parse as parse_request
 from multilora_backend.frontend.tokenizer import Tokenizer
+from multilora_backend.frontend.tokenizers import Tokenizers
 from multilora_backend.protocol import ModelCard
 
 SPECIALS = ["<s>", "</s>"]
@@ -140,7 +141,8 @@ def parse(make_card, tokenizers) -> Callable[..., GenerateRequest]:
     ) -> GenerateRequest:
         raw = RawRequest({name: tensor(value) for name, value in tensors.items()}, parameters or {})
         config = Config(max_prompt_bytes=max_prompt_bytes)
-        return parse_request(raw, make_card(**(card or {})), config, tokenizers["byte_level"])
+        request, _ = parse_request(raw, make_card(**(card or {})), config, Tokenizers(tokenizers["byte_level"]))
+        return request
 
     return run
 

@@ -23,6 +23,8 @@ def build(tokenizers) -> Callable[..., ResponseBuilder]:
             prompt_text="Q:",
             prompt_token_ids=[1, 80, 57],
             sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
+            max_tokens=16,
+            chat=False,
             adapter="",
             stream=stream,
             echo=not stream,

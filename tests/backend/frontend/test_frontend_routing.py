@@ -13,6 +13,7 @@ from multilora_backend.config import Config
 from multilora_backend.errors import MultiloraError
 from multilora_backend.frontend.request import RawRequest
 from multilora_backend.frontend.request import parse as parse_request
+from multilora_backend.frontend.tokenizers import Tokenizers
 
 BOTH = Config(tenant_header="Tenant-Id", priority_header="X-Priority")
 
@@ -25,7 +26,8 @@ def routed(make_card, tokenizers) -> Callable[..., tuple[str, int]]:
         tensors = {"text_input": np.array([b"x"], dtype=object)}
         if options is not None:
             tensors["sampling_parameters"] = np.array([json.dumps(options).encode()], dtype=object)
-        request = parse_request(RawRequest(tensors, parameters or {}), make_card(), config, tokenizers["byte_level"])
+        known = Tokenizers(tokenizers["byte_level"])
+        request, _ = parse_request(RawRequest(tensors, parameters or {}), make_card(), config, known)
         return request.tenant, request.priority
 
     return run
