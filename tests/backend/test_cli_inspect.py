@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from extras_models import save_trained
 from multilora_backend import cli
@@ -64,6 +65,20 @@ def test_what_it_has_besides_a_and_b_has_a_table_of_its_own(tmp_path: Path, caps
     assert ["model.norm", "weight", "1", "512", "B"] in rows
     assert ["model.norm", "1", "weight", "128", "F32", "512", "B"] in rows, "nothing in the pool of A and B"
     assert "an adapter with DoRA, trained biases, norms, embeddings, heads or tokens cannot be part of a sum." in text
+
+
+def test_tokens_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_trained(MODEL, tmp_path, vocabulary=270, modules_to_save=["lm_head", "embed_tokens"], r=4)
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    tokenizer.add_tokens([f"[tool {i}]" for i in range(10)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    capsys.readouterr()  # of PEFT
+    status, text = run(capsys, tmp_path, "--model", MODEL)
+    assert status == 0
+    shown = ", ".join(f"[tool {i}] ({260 + i})" for i in range(8))
+    assert f"\nIt has tokens of its own: {shown} and 2 more.\n" in text
+    _, text = run(capsys, tmp_path, "--model", MODEL, "--json")
+    assert json.loads(text)["fit"]["tokens"] == {f"[tool {i}]": 260 + i for i in range(10)}
 
 
 def test_json_has_all_of_it(capsys: pytest.CaptureFixture[str]):

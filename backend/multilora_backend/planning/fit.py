@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from multilora_backend.adapters.base import BaseModel
@@ -97,6 +97,8 @@ class Fit:
     host_bytes: int = 0
     modules: tuple[ModuleRoom, ...] = ()
     extras: tuple[ExtraRoom, ...] = ()
+    tokens: dict[str, int] = field(default_factory=dict)
+    """That its tokenizer adds to the model's, and their ids."""
     no_effect: bool | None = None
     """None: it would not load, or it cannot be known; see `unchecked`."""
     unchecked: str = ""
@@ -176,6 +178,7 @@ def _fit(found: Fit, folder: Path, inside: tuple[Path, ...], running: Running) -
     found.extras_bytes, found.host_bytes = room.extras_bytes, room.host_bytes
     plan = check_adapter(folder, model.sites, inside, running.base)
     found.modules, found.extras = _modules(plan, model), _extras(plan)
+    found.tokens = {token.content: token.id for token in plan.tokens.tokens}
     _read(found, folder, inside, plan, running)
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -21,6 +22,8 @@ from multilora_backend.planning.sizes import size
 
 WIDTH = 150
 """Of tables, at least: a terminal that is narrower breaks their lines, which is better than breaking names."""
+MAX_TOKENS = 8
+"""That are shown; JSON has all."""
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _LEFT = ("module", "tensors", "adapter", "verdict", "extra", "place", "dtype", "base model")
 
@@ -129,6 +132,10 @@ def _on_device(fit: Fit | None) -> Iterable[str]:
             f"It takes {fit.padded_rank} of the pool's {fit.pool_ranks:,} ranks, {size(fit.pool_bytes)} over all "
             f"linears{extras}; {size(fit.host_bytes)} of the host cache."
         )
+    if fit.tokens:
+        shown = [f"{content} ({number})" for content, number in islice(fit.tokens.items(), MAX_TOKENS)]
+        more = f" and {len(fit.tokens) - MAX_TOKENS} more" if len(fit.tokens) > MAX_TOKENS else ""
+        yield f"It has tokens of its own: {', '.join(shown)}{more}."
     if fit.not_in_sums:
         yield f"Alone it can be asked for; {fit.not_in_sums}."
     if fit.unchecked:
