@@ -156,6 +156,8 @@ class Service(Listener):
             delivery.cuts += 1
             tokenizer = tokenizers.learn(request.adapter, added)
             self._send(delivery, cut_again(request, card, tokenizer), tokenizer)
+            if delivery.request_id not in self._in_flight:  # cancelled meanwhile, when the engine did not have it
+                self._link.abort(delivery.request_id)
         except MultiloraError as error:
             self._fail(delivery.request_id, error)
         except Exception as error:  # as in _accept

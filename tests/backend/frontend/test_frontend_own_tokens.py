@@ -16,8 +16,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from frontend_fakes import FakeEngines, FakeSender, wait_until
 from multilora_backend.added_tokens import NO_TOKENS, AddedToken, AddedTokens
 from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.frontend import service as service_module
 from multilora_backend.frontend import tokenizers as tokenizers_module
-from multilora_backend.frontend.request import RawRequest
+from multilora_backend.frontend.request import RawRequest, cut_again
 from multilora_backend.frontend.service import Service
 from multilora_backend.frontend.tokenizers import Tokenizers
 
@@ -144,6 +145,19 @@ def test_a_chat_is_cut_again_as_one(service, engines, tokenizers):
     base = tokenizers["byte_level"]
     tokenizer = base.with_tokens(AddedTokens.of(more(base._hf)))
     assert engines.heard("Submit")[-1]["prompt_token_ids"] == tokenizer.encode("<s>user: <own></s>bot:", False)
+
+
+def test_who_leaves_while_it_is_cut_again_leaves_nothing(service, engines, monkeypatch):
+    def slowly(*arguments):
+        sender.cancelled = True
+        wait_until(lambda: not service._in_flight)
+        return cut_again(*arguments)
+
+    monkeypatch.setattr(service_module, "cut_again", slowly)
+    sender = send(service, "abc", lora_name="tagged", max_tokens=60)
+    assert sender.wait().error.code is ErrorCode.CANCELLED
+    again = wait_until(lambda: len(engines.heard("Submit")) == 2 and engines.heard("Submit")[1])
+    wait_until(lambda: [abort["request_id"] for abort in engines.heard("Abort")] == [again["request_id"]] * 2)
 
 
 def test_it_does_not_go_on_for_ever(service, engines):
