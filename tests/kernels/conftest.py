@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ _interpreter = pytest.StashKey[Interpreter]()
 
 def _wants_interpreter(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    target = callspec.params.get("target") if callspec else None
-    return isinstance(target, Target) and target.device == "cpu"
+    targets = [callspec.params.get(name) for name in ("target", "one_target")] if callspec else []
+    return any(isinstance(target, Target) and target.device == "cpu" for target in targets)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,19 +73,28 @@ INTERPRETER_TARGETS = [Target("cpu", torch.float32), Target("cpu", torch.float16
 CUDA_TARGETS = [Target("cuda", torch.bfloat16), Target("cuda", torch.float32)]
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param(target, id=str(target)) for target in INTERPRETER_TARGETS),
-        *(pytest.param(target, id=str(target), marks=pytest.mark.gpu) for target in CUDA_TARGETS),
-    ]
-)
+def _parameter(target: Target) -> Any:
+    return pytest.param(target, id=str(target), marks=pytest.mark.gpu if target.device == "cuda" else ())
+
+
+def _usable(target: Target) -> Target:
+    if target.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+    if target.device == "cpu" and triton is None:
+        pytest.skip("needs Triton-lang, which is not installed")
+    return target
+
+
+@pytest.fixture(params=map(_parameter, (*INTERPRETER_TARGETS, *CUDA_TARGETS)))
 def target(request: pytest.FixtureRequest) -> Target:
     """A test that uses it runs on every target; without CUDA those on CUDA are skipped."""
-    if request.param.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch finds none")
-    if request.param.device == "cpu" and triton is None:
-        pytest.skip("needs Triton-lang, which is not installed")
-    return request.param
+    return _usable(request.param)
+
+
+@pytest.fixture(params=map(_parameter, (INTERPRETER_TARGETS[0], CUDA_TARGETS[0])))
+def one_target(request: pytest.FixtureRequest) -> Target:
+    """For what does not depend on the dtype: how an operator is declared, and what it refuses."""
+    return _usable(request.param)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def check_against_fp64(setup: Setup, q, storage, qkv: torch.Tensor, qkv_error: t
 SHAPES = [  # rows, heads, KV heads, D, rotary width
     (1, 4, 2, 16, 16),
     (3, 3, 1, 8, 8),
-    (17, 9, 2, 96, 96),
-    (65, 2, 2, 64, 32),
+    (5, 9, 2, 96, 96),
+    (9, 2, 2, 64, 32),
     (3, 9, 3, 128, 96),
     (5, 5, 1, 256, 256),
     (2, 2, 1, 30, 26),
@@ -148,7 +148,7 @@ def test_kernel_without_delta(target, rows, heads, kv_heads, d, rotary, norm):
 def test_kernel_rounds_where_the_reference_does(target, norm):
     if target.dtype == torch.float32:
         pytest.skip("no rounding between the steps")
-    setup = make_setup(17, 9, 2, 96, 72, NORMS[norm], target)
+    setup = make_setup(9, 9, 2, 96, 72, NORMS[norm], target)
     qkv = make_qkv(setup)
     (q, storage), (expected_q, expected_storage) = setup.run(rope_write, qkv), setup.run(rope_write_reference, qkv)
     # Sums in another order carry one value in a thousand over the border of a rounding.
@@ -170,19 +170,19 @@ def lora_in_fp64(case, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
     return total, error
 
 
-@pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize(
-    ("d", "rotary", "norm", "bordered"),
-    [
-        (8, 8, "qwen-norm", True),
-        (16, 16, "no-norm", False),
-        (64, 64, "gemma-norm", True),
-        (96, 72, "no-norm", True),
-        (96, 72, "qwen-norm", False),
+    ("d", "rotary", "norm", "bordered", "block_m"),
+    [  # every two values of different columns that the kernel can tell apart meet
+        (8, 8, "qwen-norm", True, 16),
+        (8, 8, "gemma-norm", False, 16),
+        (16, 16, "no-norm", False, 64),
+        (64, 64, "gemma-norm", True, 64),
+        (96, 72, "no-norm", True, 16),
+        (96, 72, "qwen-norm", False, 64),
     ],
 )
-def test_kernel_with_delta(target, make_case, block_m, d, rotary, norm, bordered):
-    setup = make_setup(len(ROWS), 3, 1, d, rotary, NORMS[norm], target)
+def test_kernel_with_delta(target, make_case, d, rotary, norm, bordered, block_m):
+    setup = make_setup(len(ROWS), 2, 1, d, rotary, NORMS[norm], target)
     case = make_case(ROWS, target, ranks=RANKS, widths=setup.widths, bordered=bordered, k=12)
     case.y[:, ::5] *= -0.0
     delta, before = case.delta(case.segments(block_m)), case.y.clone()
@@ -238,10 +238,11 @@ def test_reference_is_the_models_own_arithmetic(reference_target, norm, d, rotar
 @pytest.mark.parametrize("op", [rope_write, rope_write_reference])
 @pytest.mark.parametrize("with_delta", [False, True])
 def test_queries_go_into_out(target, make_case, op, with_delta):
-    setup = make_setup(len(ROWS), 3, 1, 16, 12, None, target)
-    case = make_case(ROWS, target, ranks=RANKS, widths=setup.widths)
+    rows = ROWS[:7]
+    setup = make_setup(len(rows), 3, 1, 16, 12, None, target)
+    case = make_case(rows, target, ranks=RANKS, widths=setup.widths)
     delta = case.delta(case.segments(16)) if with_delta else None
-    buffer = torch.full((len(ROWS) + 2, 3, 16), UNTOUCHED).to(case.y)
+    buffer = torch.full((len(rows) + 2, 3, 16), UNTOUCHED).to(case.y)
     q, storage = setup.run(op, case.y, delta, buffer[1:-1])
     assert q.data_ptr() == buffer[1:].data_ptr()
     assert (buffer[[0, -1]] == UNTOUCHED).all()
@@ -263,11 +264,11 @@ def test_empty_tiles_write_nothing(target, make_case):
         assert torch.equal(actual, expected)
 
 
-def test_operator_passes_opcheck(target, make_case):
-    setup = make_setup(4, 3, 1, 16, 12, False, target)
-    case = make_case([0, -1, 1, 0], target, ranks=(3, 9), widths=setup.widths)
+def test_operator_passes_opcheck(one_target, make_case):
+    setup = make_setup(2, 2, 1, 16, 12, False, one_target)
+    case = make_case([1, -1], one_target, ranks=(3, 9), widths=setup.widths)
     delta, op = case.delta(case.segments(16)), torch.ops.multilora.rope_write.default
-    q = case.y.new_empty(4, setup.heads, 16)
+    q = case.y.new_empty(2, setup.heads, 16)
     common = (q, case.y, setup.cos, setup.sin, setup.kv_cache, setup.slots)
     torch.library.opcheck(op, (*common, None, None, 0.0, False, None, None, None, None, 1, 1))
     # Without NaN beside the own columns, which opcheck takes for a difference between its runs.
@@ -276,9 +277,9 @@ def test_operator_passes_opcheck(target, make_case):
     torch.library.opcheck(op, (*common, *norms, h, b, segments.order, segments.tiles, 16, 16))
 
 
-def test_wrong_tensors_are_refused(target, make_case):
-    setup = make_setup(2, 3, 1, 16, 12, False, target)
-    case = make_case([0, 1], target, ranks=(3, 9), widths=setup.widths)
+def test_wrong_tensors_are_refused(one_target, make_case):
+    setup = make_setup(2, 3, 1, 16, 12, False, one_target)
+    case = make_case([0, 1], one_target, ranks=(3, 9), widths=setup.widths)
     delta = case.delta(case.segments(16))
     good = {
         "qkv": case.y, "cos": setup.cos, "sin": setup.sin, "kv_cache": setup.kv_cache, "slots": setup.slots,
