@@ -12,12 +12,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
 
-# No deadlines: a machine that is busy with something else is no bug.
-settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
-settings.register_profile("quick", deadline=None, max_examples=50, derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+from profiles import load_profile
+
+load_profile()
 
 ON_THE_SHARED_SERVER = {
     f"tests/e2e/test_e2e_{name}.py" for name in ("answers", "clients", "compositions", "errors", "readme")

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.scheduling.pages import TRASH_PAGE, PageTable
+from profiles import examples
 
 
 def sequence(tokens: list[int], number: int = 0) -> Sequence:
@@ -147,5 +147,5 @@ class PageMachine(RuleBasedStateMachine):
                 assert sum(s.pages[-1] in other.pages for other, _ in self.live) == 1
 
 
-PageMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PageMachine.TestCase.settings = examples(60, stateful_step_count=40)
 TestPageMachine = PageMachine.TestCase
