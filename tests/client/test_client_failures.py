@@ -234,7 +234,7 @@ def test_nobody_listens(connect, closed_port, stopwatch):
 def test_the_deadline_includes_retries(connect, closed_port, stopwatch):
     with pytest.raises((ServerUnavailable, RequestTimeout)):
         connect(f"127.0.0.1:{closed_port}", retries=1000, timeout=0.5).generate("hello")
-    assert stopwatch() < 2
+    assert stopwatch() < 4
 
 
 def test_a_server_that_comes_back_is_found(connect, fake, steps, protocol):

@@ -101,7 +101,7 @@ def test_a_cancelled_grpc_stream_frees_its_sequence(spoilt, metrics):
     wait_until(lambda: all(a.responses for a in answers), 20, "the streams do not run")
     for stream in streams:
         stream.close(cancel=True)
-    m.wait("vllm:num_requests_running", 0, timeout=5)
+    m.wait("vllm:num_requests_running", 0)
     assert all(len(a.responses) < 400 for a in answers), "they ended by themselves: nothing was shown"
 
 
@@ -114,7 +114,7 @@ def test_an_http_client_that_hangs_up_frees_its_sequence(spoilt, metrics):
     before = m.value("vllm:generation_tokens_total")
     with urllib.request.urlopen(request, timeout=20) as response:
         response.readline()
-    m.wait("vllm:num_requests_running", 0, timeout=5)
+    m.wait("vllm:num_requests_running", 0)
     assert m.value("vllm:generation_tokens_total") - before < 400
 
 

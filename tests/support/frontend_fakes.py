@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,9 @@ class FakeEngines:
             f'#!/bin/sh\nexport FAKE_ENGINE="{folder}"\nexec {sys.executable} {fake_engine.__file__} "$@"\n'
         )
         python.chmod(0o755)
-        self.runtime = folder / "run"
+        # Not in the test's own folder, whose path may be longer than a socket's can be.
+        self.runtime = Path(tempfile.mkdtemp(prefix="engines-"))
+        weakref.finalize(self, shutil.rmtree, self.runtime, ignore_errors=True)
 
     def config(self, **fields: Any) -> Config:
         defaults = {"model": "m", "engine_python": str(self.folder / "python"), "runtime_dir": str(self.runtime)}

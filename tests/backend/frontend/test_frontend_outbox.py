@@ -179,7 +179,7 @@ def test_a_client_that_left_is_noticed_without_anything_to_send(outbox, deliver,
     sender.cancelled = True
     started = time.monotonic()
     assert sender.wait().error is not None
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     assert (sender.error.code, sender.error.message) == (ErrorCode.CANCELLED, "Request was cancelled")
     say(outbox, delivery, "late", last=True)  # FakeSender would complain
     wait_until(lambda: not delivery.incoming)
@@ -192,7 +192,7 @@ def test_questions_get_rarer_with_more_requests(outbox, deliver):
     senders = [FakeSender() for _ in range(400)]
     for i, sender in enumerate(senders):
         deliver(i, sender)
-    wait_until(lambda: all(sender.asked for sender in senders), 3)
+    wait_until(lambda: all(sender.asked for sender in senders))
     before, started = sum(sender.asked for sender in senders), time.monotonic()
     time.sleep(0.5)
     # A question costs tritonserver and us 40 us: a tenth of the thread's time is 2,500 a second.
