@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +17,6 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend import service as service_module
 from multilora_backend.frontend.request import RawRequest
 from multilora_backend.frontend.service import Service
-
-
-@pytest.fixture
-def engines(tmp_path: Path, make_card) -> FakeEngines:
-    return FakeEngines(tmp_path, make_card())
 
 
 @pytest.fixture
