@@ -69,6 +69,19 @@ def test_released_pages_are_found_until_they_are_needed():
     assert late.num_computed == 0
 
 
+def test_pages_that_nobody_can_find_are_taken_before_those_that_somebody_may():
+    pages = PageTable(4, 4)
+    kept, partial = sequence(list(range(8))), sequence([7, 7])
+    compute(pages, kept)
+    compute(pages, partial)
+    pages.release(kept)
+    pages.release(partial)
+    assert compute(pages, sequence([9, 9]))
+    again = sequence([*range(8), 1])
+    pages.admit(again, b"")
+    assert again.num_computed == 8
+
+
 def test_without_caching_nothing_is_found():
     pages = PageTable(10, 4, caching=False)
     compute(pages, sequence(list(range(11))))
