@@ -10,6 +10,7 @@ METRICS_PORT ?= 8002
 INSTANCES    ?=
 SHAPE        ?= llama-3.1-8b
 RESULTS      ?= build/benchmarks
+WORKERS      ?= 2
 ARGS         ?=
 
 BIN    := .venv/bin
@@ -35,8 +36,9 @@ serve: ## run the server until Ctrl-C; see MODEL, ADAPTERS, HOST, HTTP_PORT, GRP
 	@exec $(BIN)/multilora serve --model "$(MODEL)" --adapters "$(ADAPTERS)" --instances $(or $(INSTANCES),0) \
 	  --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
 
-test: lint ## lint, then every test that needs no GPU
-	@$(BIN)/python -m pytest tests -m "not gpu" --durations=15 $(ARGS)
+test: lint ## lint, then every test that needs no GPU, in WORKERS processes (2; 0: in one, e.g. with ARGS=--pdb)
+	@$(BIN)/python -m pytest tests -m "not gpu" -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
+	  --durations=15 $(ARGS)
 
 test-gpu: ## the tests that need a CUDA device; without one they are skipped
 	$(SETUP)

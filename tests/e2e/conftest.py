@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., T
         return started[-1]
 
     yield launch
-    for server in started:
-        server.stop()
+    with ThreadPoolExecutor() as pool:  # each takes seconds, in which it waits
+        list(pool.map(TritonServer.stop, started))
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples/tiny/adapters"
 TOKEN = "only-for-operators"
 GREEDY = {"temperature": 0.0, "max_tokens": 32}
+ENDLESS = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}
 CONFIGURED = ("upper", "rot13")
 
 
@@ -143,14 +144,22 @@ def test_an_adapter_brings_tokens_of_its_own(operated, client, folder, tmp_path)
     assert running.wrong({BASE: {BASE}, **{name: {name} for name in CONFIGURED}}) == []
 
 
+@pytest.fixture(scope="module")
+def endless_reverse(operated: TritonServer) -> str:
+    """What `reverse` goes on to say after its answer, alone."""
+    with Client(operated.grpc, admin_token=TOKEN) as client:
+        client.adapters.load("endless", str(EXAMPLES / "reverse"))
+        text = client.generate("hello", "endless", **ENDLESS).text
+        client.adapters.unload("endless")
+        return text
+
+
 @pytest.mark.parametrize("change", ["replace", "unload", "move"])
-def test_a_request_in_flight_ends_on_what_it_began_with(client, change: str):
+def test_a_request_in_flight_ends_on_what_it_began_with(client, endless_reverse: str, change: str):
     """A long one, whose text is known from before: not one of its tokens may be another adapter's."""
     client.adapters.load("job", str(EXAMPLES / "reverse"))
     client.adapters.alias("way", "job")
-    endless = {"temperature": 0.0, "max_tokens": 400, "ignore_eos": True}
-    expected = client.generate("hello", "way", **endless).text
-    stream = client.stream("hello", "way", **endless)
+    stream = client.stream("hello", "way", **ENDLESS)
     first = next(stream)
     if change == "replace":
         info = client.adapters.load("job", str(EXAMPLES / "upper"))
@@ -164,7 +173,7 @@ def test_a_request_in_flight_ends_on_what_it_began_with(client, change: str):
             client.adapters.unload("job", timeout=0.01)
     begun_after = _said(client, "way")
     assert not first.final
-    assert stream.completion().text == expected
+    assert stream.completion().text == endless_reverse
     assert begun_after == (None if change == "unload" else "HELLO")
     client.adapters.unalias("way")
     client.adapters.unload("job")

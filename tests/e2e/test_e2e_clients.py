@@ -58,12 +58,12 @@ def test_a_deadline_and_a_stream_left_early_cancel_on_the_server(server, metrics
     with Client(url(server, protocol), protocol=protocol) as client:
         for _ in client.stream("client", adapter="upper", **endless):
             break
-        m.wait("vllm:num_requests_running", 0, timeout=5)
+        m.wait("vllm:num_requests_running", 0)
         started = time.monotonic()
         with pytest.raises(RequestTimeout):
             client.generate("client", adapter="upper", timeout=0.15, n=16, **endless)
-        assert time.monotonic() - started < 2
-        m.wait("vllm:num_requests_running", 0, timeout=5)
+        assert time.monotonic() - started < 4
+        m.wait("vllm:num_requests_running", 0)
 
 
 def test_nobody_there():

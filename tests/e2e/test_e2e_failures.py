@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that leave, engines and servers that die, folders that are broken: each with a server of its own."""
+"""Clients that leave, engines and servers that die, folders that are broken, on servers that serve nothing else."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -54,9 +55,45 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None
         time.sleep(0.05)
 
 
-def test_a_cancelled_grpc_stream_frees_its_sequence(server, metrics):
-    m = metrics(server)
-    streams = [Stream(server.grpc) for _ in range(4)]
+def spoil(path: Path) -> None:
+    """One NaN in the middle of the first tensor."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[tensors[name].numel() // 2] = torch.nan
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def spoilt(launch: Callable[..., TritonServer], tmp_path_factory: pytest.TempPathFactory) -> TritonServer:
+    """A server of the example's adapters, each but `upper` broken in another way, and of one for another base."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("spoilt")
+    source = Path(__file__).resolve().parents[2] / "examples/tiny/adapters"
+    folder = shutil.copytree(source, root / "adapters")
+    (folder / "reverse/adapter_model.safetensors").unlink()
+    weights = folder / "rot13/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = folder / "double/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    (folder / "devowel/adapter_config.json").write_text("{ this is no JSON")
+    spoil(folder / "sort/adapter_model.safetensors")
+    tiny_models.save_llama(root / "other", vocab_size=300)
+    tiny_models.save_adapter(root / "other", folder / "foreign", 0)
+    return launch(adapters=folder)
+
+
+@pytest.fixture(scope="module")
+def without_adapters(launch: Callable[..., TritonServer]) -> TritonServer:
+    return launch(adapters="")
+
+
+def test_a_cancelled_grpc_stream_frees_its_sequence(spoilt, metrics):
+    m = metrics(spoilt)
+    streams = [Stream(spoilt.grpc) for _ in range(4)]
     answers = [
         s.send({"text_input": "hello", "stream": True, "sampling_parameters": ENDLESS, "lora_name": "upper"})
         for s in streams
@@ -64,79 +101,56 @@ def test_a_cancelled_grpc_stream_frees_its_sequence(server, metrics):
     wait_until(lambda: all(a.responses for a in answers), 20, "the streams do not run")
     for stream in streams:
         stream.close(cancel=True)
-    m.wait("vllm:num_requests_running", 0, timeout=5)
+    m.wait("vllm:num_requests_running", 0)
     assert all(len(a.responses) < 400 for a in answers), "they ended by themselves: nothing was shown"
 
 
-def test_an_http_client_that_hangs_up_frees_its_sequence(server, metrics):
-    m = metrics(server)
+def test_an_http_client_that_hangs_up_frees_its_sequence(spoilt, metrics):
+    m = metrics(spoilt)
     body = {"text_input": "hello", "stream": True, "sampling_parameters": ENDLESS}
     request = urllib.request.Request(
-        f"http://{server.http}/v2/models/multilora/generate_stream", json.dumps(body).encode(), method="POST"
+        f"http://{spoilt.http}/v2/models/multilora/generate_stream", json.dumps(body).encode(), method="POST"
     )
     before = m.value("vllm:generation_tokens_total")
     with urllib.request.urlopen(request, timeout=20) as response:
         response.readline()
-    m.wait("vllm:num_requests_running", 0, timeout=5)
+    m.wait("vllm:num_requests_running", 0)
     assert m.value("vllm:generation_tokens_total") - before < 400
 
 
-def test_kill_9_of_the_engine(launch):
-    server = launch()
-    assert ask(server) == "HELLO"
-    streams = [Stream(server.grpc) for _ in range(3)]
-    answers = [s.send({"text_input": "hello", "stream": True, "sampling_parameters": ENDLESS}) for s in streams]
-    wait_until(lambda: all(a.responses for a in answers), 20, "the streams do not run")
-    old = engine_pid(server)
-    os.kill(old, signal.SIGKILL)
-    for answer in answers:
-        assert answer.done.wait(5), "a request in flight was left hanging"
-        assert answer.error.message().startswith("internal: the engine process ended by SIGKILL")
-    refused = grpc_call(server.grpc, {"text_input": "hello"}, GREEDY)
-    if refused.error is not None:  # the restart may have been quicker
-        assert refused.error.status() == "StatusCode.UNAVAILABLE"
-    for stream in streams:
-        stream.close()
-
-    def works() -> bool:
-        assert server.poll() is None, server.log_tail()
-        status, _ = http_post(server.http, "generate", {"text_input": "hello", **GREEDY})
-        assert status in (200, 400)
-        return status == 200
-
-    wait_until(works, 60, "the engine was not started again")
-    assert ask(server) == "HELLO"
-    assert engine_pid(server) != old
-    server.stop()
-    assert server.processes() == []
+def test_broken_adapters_fail_by_themselves(spoilt, metrics):
+    assert ask(spoilt) == "HELLO"
+    reasons = {
+        "reverse": "adapter_model.safetensors",
+        "rot13": "adapter_model.safetensors",
+        "double": "use_dora",
+        "devowel": "adapter_config.json",
+        "sort": "NaN",
+    }
+    for name, reason in reasons.items():
+        answer = grpc_call(spoilt.grpc, {"text_input": "hello", "lora_name": name}, GREEDY)
+        assert reason.lower() in answer.error.message().lower(), name
+    assert ask(spoilt) == "HELLO"
+    metrics(spoilt).wait("multilora:adapters", 5.0, state="failed")
 
 
-def test_kill_9_of_the_server_leaves_no_engine(launch):
-    server = launch()
-    assert ask(server) == "HELLO"
-    server.kill()
-    wait_until(lambda: not server.processes(), 15, f"left behind: {commands(server)}")
+def test_an_adapter_of_another_base_is_refused(spoilt):
+    answer = grpc_call(spoilt.grpc, {"text_input": "hello", "lora_name": "foreign"}, GREEDY)
+    assert "shape" in answer.error.message()
+    assert grpc_call(spoilt.grpc, {"text_input": "hello", "exclude_input_in_output": True}, GREEDY).text == "hello"
 
 
-def test_kill_9_of_the_stub_leaves_no_engine_that_nobody_can_reach(launch):
-    server = launch()
-    assert ask(server) == "HELLO"
-    [stub] = [pid for pid, command in commands(server).items() if "/multilora/1/model.py" in command]
-    engine = engine_pid(server)
+def test_kill_9_of_the_stub_leaves_no_engine_that_nobody_can_reach(spoilt):
+    """The last of that server."""
+    assert ask(spoilt) == "HELLO"
+    [stub] = [pid for pid, command in commands(spoilt).items() if "/multilora/1/model.py" in command]
+    engine = engine_pid(spoilt)
     os.kill(stub, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{engine}").exists(), 30, "the engine stayed")
-    server.stop()
+    spoilt.stop()
 
 
-def test_stop_leaves_nothing(launch):
-    server = launch()
-    assert ask(server) == "HELLO"
-    assert len(commands(server)) >= 3
-    server.stop()
-    assert server.processes() == []
-
-
-def test_two_front_ends_share_one_engine(launch, metrics):
+def test_two_front_ends_share_one_engine_and_kill_9_of_it(launch, metrics):
     server = launch(instances=2)
     stubs = [c for c in commands(server).values() if "/multilora/1/model.py" in c]
     assert len(stubs) == 2
@@ -149,74 +163,33 @@ def test_two_front_ends_share_one_engine(launch, metrics):
     answers = in_threads(call(i) for i in range(40))
     assert sum(a == TASKS[names[i % len(names)]](words[i]) for i, a in enumerate(answers)) >= 39
     metrics(server).wait("multilora:adapters", 6.0, state="active")
-    engine = engine_pid(server)
-    os.kill(engine, signal.SIGKILL)
-    time.sleep(0.5)
+
+    streams = [Stream(server.grpc) for _ in range(6)]
+    flying = [s.send({"text_input": "hello", "stream": True, "sampling_parameters": ENDLESS}) for s in streams]
+    wait_until(lambda: all(a.responses for a in flying), 20, "the streams do not run")
+    old = engine_pid(server)
+    os.kill(old, signal.SIGKILL)
+    for answer in flying:
+        assert answer.done.wait(10), "a request in flight was left hanging"
+        # The front end that has started the engine also knows by what.
+        assert re.match("internal: the engine process ended( by SIGKILL)?;", answer.error.message())
+    refused = grpc_call(server.grpc, {"text_input": "hello"}, GREEDY)
+    if refused.error is not None:  # the restart may have been quicker
+        assert refused.error.status() == "StatusCode.UNAVAILABLE"
+    for stream in streams:
+        stream.close()
 
     def all_work() -> bool:
         assert server.poll() is None, server.log_tail()
         statuses = [http_post(server.http, "generate", {"text_input": "hello", **GREEDY})[0] for _ in range(6)]
+        assert set(statuses) <= {200, 400}
         return statuses == [200] * 6
 
     wait_until(all_work, 60, "not both front ends came back")
-    assert engine_pid(server) != engine
+    assert engine_pid(server) != old
+    assert ask(server) == "HELLO"
     server.stop()
     assert server.processes() == []
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """The example's adapters, each but `upper` broken in another way, and one for another base."""
-    source = Path(__file__).resolve().parents[2] / "examples/tiny/adapters"
-    shutil.copytree(source, tmp_path / "adapters")
-    folder = tmp_path / "adapters"
-    (folder / "reverse/adapter_model.safetensors").unlink()
-    weights = folder / "rot13/adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    config = folder / "double/adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    (folder / "devowel/adapter_config.json").write_text("{ this is no JSON")
-    spoil(folder / "sort/adapter_model.safetensors")
-    return folder
-
-
-def spoil(path: Path) -> None:
-    """One NaN in the middle of the first tensor."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(path)
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[tensors[name].numel() // 2] = torch.nan
-    save_file(tensors, path)
-
-
-def test_broken_adapters_fail_by_themselves(launch, metrics, broken: Path):
-    server = launch(adapters=broken)
-    assert ask(server) == "HELLO"
-    reasons = {
-        "reverse": "adapter_model.safetensors",
-        "rot13": "adapter_model.safetensors",
-        "double": "use_dora",
-        "devowel": "adapter_config.json",
-        "sort": "NaN",
-    }
-    for name, reason in reasons.items():
-        answer = grpc_call(server.grpc, {"text_input": "hello", "lora_name": name}, GREEDY)
-        assert reason.lower() in answer.error.message().lower(), name
-    assert ask(server) == "HELLO"
-    metrics(server).wait("multilora:adapters", 5.0, state="failed")
-
-
-def test_an_adapter_of_another_base_is_refused(launch, tmp_path: Path):
-    import tiny_models
-
-    tiny_models.save_llama(tmp_path / "other", vocab_size=300)
-    tiny_models.save_adapter(tmp_path / "other", tmp_path / "adapters/foreign", 0)
-    server = launch(adapters=tmp_path / "adapters")
-    answer = grpc_call(server.grpc, {"text_input": "hello", "lora_name": "foreign"}, GREEDY)
-    assert "shape" in answer.error.message()
-    assert grpc_call(server.grpc, {"text_input": "hello", "exclude_input_in_output": True}, GREEDY).text == "hello"
 
 
 def test_a_vllm_backend_deployment_can_be_pointed_at_us(tmp_path: Path, launch):
@@ -235,14 +208,22 @@ def test_a_vllm_backend_deployment_can_be_pointed_at_us(tmp_path: Path, launch):
     assert "LoRA rot13 is not supported, we currently support ['upper', 'sort']" in answer.error.message()
 
 
-def test_a_model_without_adapters_has_lora_switched_off(launch):
-    server = launch(adapters="")
-    answer = grpc_call(server.grpc, {"text_input": "hello", "lora_name": "upper"})
+def test_a_model_without_adapters_has_lora_switched_off(without_adapters):
+    answer = grpc_call(without_adapters.grpc, {"text_input": "hello", "lora_name": "upper"}, GREEDY)
     assert "LoRA feature is not enabled." in answer.error.message()
+    assert grpc_call(without_adapters.grpc, {"text_input": "hello", "exclude_input_in_output": True}, GREEDY).text
 
 
-def test_requests_in_flight_finish_before_a_stop(launch):
+def test_kill_9_of_the_server_leaves_no_engine(without_adapters):
+    """The last of that server."""
+    assert len(commands(without_adapters)) >= 3
+    without_adapters.kill()
+    wait_until(lambda: not without_adapters.processes(), 30, f"left behind: {commands(without_adapters)}")
+
+
+def test_requests_in_flight_finish_before_a_stop_and_nothing_is_left(launch):
     server = launch(drain_s=20)
+    assert len(commands(server)) >= 3, "the server, its stub and the engine"
     stream = Stream(server.grpc)
     answer = stream.send({"text_input": "hello", "stream": True, "sampling_parameters": ENDLESS})
     wait_until(lambda: bool(answer.responses), 20, "the stream does not run")

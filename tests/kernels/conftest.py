@@ -1,93 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases for the kernels, and the process in which Triton's interpreter runs them.
+"""Cases for the kernels, and where they run: on CUDA, and in Triton's interpreter in a process of its own.
 
-TRITON_INTERPRET must be set before triton is imported, and torch imports triton: in a run over all of tests/ it is too
-late when this file is read, and set for good it would reach the servers that other tests start. So tests on the target
-"interpreter" run in child pytests that have the variable from their start, and their reports are passed on.
-`TRITON_INTERPRET=1 pytest tests/kernels` runs them in the process itself, e.g. under a debugger.
+`TRITON_INTERPRET=1 pytest tests/kernels` runs the interpreter's tests in the process itself, e.g. under a debugger.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from interpreter import Interpreter
 from multilora_kernels import NO_ADAPTER, Delta, SegmentPlan, Segments, padded_rank, plan_segments
 from multilora_kernels._triton import INTERPRETED, triton
 
 CHILD = Path(__file__).with_name("interpreter_child.py")
-CHILDREN = 2
-_child_run = pytest.StashKey[tuple[dict[str, list[dict]], str]]()
+_interpreter = pytest.StashKey[Interpreter]()
 
 
 def _wants_interpreter(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    target = callspec.params.get("target") if callspec else None
-    return isinstance(target, Target) and target.device == "cpu"
+    targets = [callspec.params.get(name) for name in ("target", "one_target")] if callspec else []
+    return any(isinstance(target, Target) and target.device == "cpu" for target in targets)
 
 
-def _start_child(node_ids: list[str], out: Path, root: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(CHILD), str(out), *node_ids],
-        cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _run_children(session: pytest.Session) -> tuple[dict[str, list[dict]], str]:
-    """All of the session's tests on the interpreter, once: (serialised reports by node id, the children's output)."""
-    node_ids = [item.nodeid for item in session.items if _wants_interpreter(item)]
-    reports: dict[str, list[dict]] = {}
-    output = ""
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / f"reports-{number}.json" for number in range(CHILDREN)]
-        # Every other test each: neighbours take about the same time.
-        shares = [node_ids[number::CHILDREN] for number in range(CHILDREN)]
-        children = [
-            _start_child(share, out, session.config.rootpath) for share, out in zip(shares, outs, strict=True) if share
-        ]
-        for child, out in zip(children, outs, strict=False):
-            output += child.communicate()[0]
-            reports |= json.loads(out.read_text()) if out.exists() else {}
-    return reports, output
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Here and not when the first of them is due, for then that test's time limit would be for all of them."""
-    wanted = any(_wants_interpreter(item) for item in session.items)
-    if wanted and not INTERPRETED and triton is not None and not session.config.option.collectonly:
-        session.stash[_child_run] = _run_children(session)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not INTERPRETED and _wants_interpreter(item):
+            item.add_marker(pytest.mark.timeout(0))  # the child sees to it, whose own start is not the test's
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if INTERPRETED or triton is None or not _wants_interpreter(item):
         return None
-    reports, output = item.session.stash[_child_run]
+    stash = item.session.stash
+    if _interpreter not in stash or stash[_interpreter].ended:
+        stash[_interpreter] = Interpreter(CHILD, item.config.rootpath)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for data in reports.get(item.nodeid, []):
-        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
-        item.ihook.pytest_runtest_logreport(report=report)
-    if item.nodeid not in reports:
-        lost = f"the child process that runs the interpreter gave no report:\n{output}"
-        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", lost, "call")
+    following = nextitem if nextitem is not None and _wants_interpreter(nextitem) else None
+    for report in stash[_interpreter].run(item, following):
         item.ihook.pytest_runtest_logreport(report=report)
     # The item before may have left its file's fixtures set up for this one, which does not run here.
     item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _interpreter in session.stash:
+        session.stash[_interpreter].close()
 
 
 @dataclass(frozen=True)
@@ -107,19 +73,28 @@ INTERPRETER_TARGETS = [Target("cpu", torch.float32), Target("cpu", torch.float16
 CUDA_TARGETS = [Target("cuda", torch.bfloat16), Target("cuda", torch.float32)]
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param(target, id=str(target)) for target in INTERPRETER_TARGETS),
-        *(pytest.param(target, id=str(target), marks=pytest.mark.gpu) for target in CUDA_TARGETS),
-    ]
-)
+def _parameter(target: Target) -> Any:
+    return pytest.param(target, id=str(target), marks=pytest.mark.gpu if target.device == "cuda" else ())
+
+
+def _usable(target: Target) -> Target:
+    if target.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+    if target.device == "cpu" and triton is None:
+        pytest.skip("needs Triton-lang, which is not installed")
+    return target
+
+
+@pytest.fixture(params=map(_parameter, (*INTERPRETER_TARGETS, *CUDA_TARGETS)))
 def target(request: pytest.FixtureRequest) -> Target:
     """A test that uses it runs on every target; without CUDA those on CUDA are skipped."""
-    if request.param.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch finds none")
-    if request.param.device == "cpu" and triton is None:
-        pytest.skip("needs Triton-lang, which is not installed")
-    return request.param
+    return _usable(request.param)
+
+
+@pytest.fixture(params=map(_parameter, (INTERPRETER_TARGETS[0], CUDA_TARGETS[0])))
+def one_target(request: pytest.FixtureRequest) -> Target:
+    """For what does not depend on the dtype: how an operator is declared, and what it refuses."""
+    return _usable(request.param)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def test_the_kernel_draws_what_the_reference_draws(target):
 def test_the_kernel_keeps_what_the_reference_keeps(target, name, step):
     case = rows(target)
     if step:
+        if target.dtype == torch.float16:
+            pytest.skip("has ties by itself")
         case["logits"] = (case["logits"] / step).round() * step
     limits = truncation(name, target)
     kept = truncate(case["logits"], case["temperature"], *limits)

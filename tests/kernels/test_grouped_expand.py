@@ -7,17 +7,27 @@ import torch
 from multilora_kernels import Delta, grouped_expand, grouped_expand_reference
 
 WIDTHS = [(150, 33, 7), (260,), (1, 128)]
+MIXED = [3, -1, 0, 5, 5, -1, 1, 2, 4, 4, 0, -1, 3, 5] + [1] * 18
+
+
+def check_kernel(case, block_m: int) -> None:
+    delta, y = case.delta(case.segments(block_m)), case.y.clone()
+    grouped_expand(y, delta, case.widths)
+    case.check_delta(y, case.y, delta)
+
+
+@pytest.mark.parametrize(("bordered", "block_m"), [(False, 16), (True, 16), (True, 64)])
+def test_kernel_in_any_batch(batch, target, make_case, bordered, block_m):
+    rows, ranks = batch
+    check_kernel(make_case(rows, target, ranks=ranks, widths=WIDTHS[0], bordered=bordered), block_m)
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("bordered", [False, True])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_kernel(batch, target, make_case, block_m, bordered, widths):
-    rows, ranks = batch
-    case = make_case(rows, target, ranks=ranks, widths=widths, bordered=bordered)
-    delta, y = case.delta(case.segments(block_m)), case.y.clone()
-    grouped_expand(y, delta, widths)
-    case.check_delta(y, case.y, delta)
+def test_kernel_at_any_width(target, make_case, block_m, bordered, widths):
+    case = make_case(MIXED, target, ranks=(1, 8, 16, 17, 40, 64), widths=widths, bordered=bordered)
+    check_kernel(case, block_m)
 
 
 @pytest.mark.parametrize("bordered", [False, True])

@@ -24,8 +24,7 @@ def check_against_fp64(h: torch.Tensor, case, segments) -> None:
         assert (error <= (k + 8) * fp32 * magnitude + rounding * expected.abs()).all()
 
 
-@pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize(("k", "block_c"), [(37, 64), (100, 16), (700, 64)])
+@pytest.mark.parametrize(("block_m", "k", "block_c"), [(16, 37, 64), (16, 700, 16), (64, 100, 64), (64, 37, 16)])
 def test_kernel(batch, target, make_case, monkeypatch, block_m, k, block_c):
     rows, ranks = batch
     case = make_case(rows, target, ranks=ranks, k=k)

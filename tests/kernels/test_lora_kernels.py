@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_place_or_on_the_other_rows(target, make_ca
 def test_same_bits_every_time(target, make_case):
     case = make_case(ROWS, target, ranks=RANKS)
     first = run_kernels(case)
-    assert all(torch.equal(run_kernels(case), first) for _ in range(3))
+    assert all(torch.equal(run_kernels(case), first) for _ in range(3 if target.device == "cuda" else 1))
 
 
 def test_empty_tiles_do_nothing(target, make_case):
@@ -105,9 +105,9 @@ def test_empty_tiles_do_nothing(target, make_case):
     assert torch.equal(y, run_kernels(case))
 
 
-def test_operators_pass_opcheck(target, make_case):
+def test_operators_pass_opcheck(one_target, make_case):
     # Rank 16 everywhere: opcheck compares whole results, and of h the kernel fills only the adapters' own columns.
-    case = make_case([1, 0, 0], target, ranks=(16, 16))
+    case = make_case([1, 0, 0], one_target, ranks=(16, 16))
     segments, ops = case.segments(16), torch.ops.multilora
     plan, indices = segments.plan, (segments.order, segments.tiles)
     torch.library.opcheck(ops.grouped_shrink.default, (case.x, case.a, 3, *indices, 16, plan.rank_block, plan.h_ranks))
@@ -115,8 +115,8 @@ def test_operators_pass_opcheck(target, make_case):
     torch.library.opcheck(ops.grouped_expand.default, (case.y, h, case.b, *indices, 16, plan.rank_block, case.widths))
 
 
-def test_compile_traces_the_whole_graph(target, make_case):
-    case = make_case(ROWS, target, ranks=RANKS)
+def test_compile_traces_the_whole_graph(one_target, make_case):
+    case = make_case(ROWS, one_target, ranks=RANKS)
     segments = case.segments(16)
 
     def linear(y, x):
@@ -128,8 +128,8 @@ def test_compile_traces_the_whole_graph(target, make_case):
     assert torch.equal(compiled(case.y.clone(), case.x), run_kernels(case) * 2)
 
 
-def test_wrong_tensors_are_refused(target, make_case):
-    case = make_case([0, 1], target, ranks=(3, 9))
+def test_wrong_tensors_are_refused(one_target, make_case):
+    case = make_case([0, 1], one_target, ranks=(3, 9))
     segments, y = case.segments(16), case.y.clone()
     with pytest.raises(ValueError, match="a must have dtype"):
         grouped_shrink(case.x, case.a.double(), 3, segments)

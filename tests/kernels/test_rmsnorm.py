@@ -51,7 +51,7 @@ def check_norm(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gemm
     assert ((actual.double() - expected).abs() <= relative * expected.abs() + smallest).all()
 
 
-SHAPES = [(1, 1), (3, 37), (17, 256), (65, 100), (2, 1027)]
+SHAPES = [(1, 1), (3, 37), (17, 256), (9, 100), (2, 1027)]
 
 
 @pytest.mark.parametrize(("rows", "n"), SHAPES)
@@ -128,17 +128,17 @@ def test_no_rows(target):
     assert add_rmsnorm(x, x.clone(), x.new_ones(12), EPS).shape == (0, 12)
 
 
-def test_operator_passes_opcheck(target, form):
-    gemma, inner = form
-    wide, residual, weight, inner_weight = make(3, 24, target.device, target.dtype)
+@pytest.mark.parametrize(("gemma", "inner"), [(False, False), (True, True)])
+def test_operator_passes_opcheck(one_target, gemma, inner):
+    wide, residual, weight, inner_weight = make(3, 24, one_target.device, one_target.dtype)
     op = torch.ops.multilora.add_rmsnorm.default
     for after in (residual, None):
         arguments = (columns(wide), after, weight, EPS, gemma, inner_weight if inner else None)
         torch.library.opcheck(op, arguments)
 
 
-def test_wrong_tensors_are_refused(target):
-    wide, residual, weight, _ = make(4, 24, target.device, target.dtype)
+def test_wrong_tensors_are_refused(one_target):
+    wide, residual, weight, _ = make(4, 24, one_target.device, one_target.dtype)
     x = columns(wide)
     with pytest.raises(ValueError, match="x must have dtype"):
         add_rmsnorm(x, None, weight.double(), EPS)

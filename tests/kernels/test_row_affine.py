@@ -71,14 +71,21 @@ def check(actual: torch.Tensor, case: Affines) -> None:
     assert (error <= 2 * fp32 * magnitude + rounding * expected.abs()).all()
 
 
-@pytest.mark.parametrize("block_m", [16, 64, 128])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_kernel(batch, target, make, width, block_m):
-    rows, ranks = batch
-    case = make(rows, ranks, target, width, block_m)
+def check_kernel(case: Affines) -> None:
     y = case.y.clone()
     row_affine(y, case.affine)
     check(y, case)
+
+
+@pytest.mark.parametrize(("width", "block_m"), [(37, 16), (256, 128)])
+def test_kernel_in_any_batch(batch, target, make, width, block_m):
+    check_kernel(make(*batch, target, width, block_m))
+
+
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_kernel_at_any_width(target, make, width, block_m):
+    check_kernel(make([3, -1, 0, 5, 5, -1, 1, 2, 4, 4, 0] + [1] * 18, (1, 8, 16, 17, 40, 64), target, width, block_m))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -123,15 +130,15 @@ def test_nan_of_one_adapter_stays_in_its_rows(target, make, op):
     assert y[1:4].isfinite().all()
 
 
-def test_operator_passes_opcheck(target, make):
-    case = make([1, 0, 0], (16, 16), target, 24)
+def test_operator_passes_opcheck(one_target, make):
+    case = make([1, 0, 0], (16, 16), one_target, 24)
     affine, segments = case.affine, case.affine.segments
     arguments = (case.y, affine.values, affine.offsets, segments.order, segments.tiles, segments.plan.block_m)
     torch.library.opcheck(torch.ops.multilora.row_affine.default, arguments)
 
 
-def test_compile_traces_the_whole_graph(target, make):
-    case = make([1, 0, -1], (16, 16), target, 24)
+def test_compile_traces_the_whole_graph(one_target, make):
+    case = make([1, 0, -1], (16, 16), one_target, 24)
 
     def scaled(y: torch.Tensor) -> torch.Tensor:
         row_affine(y, case.affine)
@@ -142,8 +149,8 @@ def test_compile_traces_the_whole_graph(target, make):
     assert torch.equal(torch.compile(scaled, fullgraph=True, backend="eager")(case.y.clone()), expected * 2)
 
 
-def test_wrong_tensors_are_refused(target, make):
-    case = make([0, 1], (3, 9), target, 20)
+def test_wrong_tensors_are_refused(one_target, make):
+    case = make([0, 1], (3, 9), one_target, 20)
     affine, y = case.affine, case.y.clone()
     with pytest.raises(ValueError, match="y has 1 rows, its plan 2 tokens"):
         row_affine(y[:1], affine)

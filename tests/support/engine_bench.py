@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import tiny_models
 from multilora_backend.config import Config
 from multilora_backend.core import FinishReason, SamplingParams
 from multilora_backend.engine.engine import Engine
@@ -27,8 +28,9 @@ class Driver:
     MODE: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path, **settings) -> None:
-        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu", **self.MODE}
-        self.engine = Engine(Config(**{**defaults, "block_size": 4, **settings}), wake=lambda: None)
+        defaults = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
+        defaults |= {"block_size": 4, **tiny_models.ROOM, **self.MODE}
+        self.engine = Engine(Config(**{**defaults, **settings}), wake=lambda: None)
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.reasons: dict[tuple[int, int], FinishReason] = {}
         self.failed: dict[int, Failed] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gpu_driver import Driver, Mode
 from gpu_models import Judge, Request
@@ -23,6 +23,21 @@ from multilora_backend.models import linear, lora
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
 TOKENS = 32
 LENGTHS = (1, 41, 6, 23, 14, 9, 30)
+
+
+def make_base(biased: bool) -> LlamaForCausalLM:
+    """With or without biases in all its linears."""
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=31, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, attention_bias=biased, mlp_bias=biased,
+        )
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_()
+    return model
 
 
 def save_trained(model: Path, folder: Path, seed: int = 0, vocabulary: int = 0, **fields: Any) -> Path:

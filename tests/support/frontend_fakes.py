@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import numpy as np
 
 import fake_engine
 from multilora_backend.config import Config
+from multilora_backend.core import SamplingParams
 from multilora_backend.errors import MultiloraError
-from multilora_backend.protocol import ModelCard
+from multilora_backend.frontend.link import Link
+from multilora_backend.protocol import Failed, ModelCard, Output, Ready, Stats, Submit
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
@@ -41,7 +46,9 @@ class FakeEngines:
             f'#!/bin/sh\nexport FAKE_ENGINE="{folder}"\nexec {sys.executable} {fake_engine.__file__} "$@"\n'
         )
         python.chmod(0o755)
-        self.runtime = folder / "run"
+        # Not in the test's own folder, whose path may be longer than a socket's can be.
+        self.runtime = Path(tempfile.mkdtemp(prefix="engines-"))
+        weakref.finalize(self, shutil.rmtree, self.runtime, ignore_errors=True)
 
     def config(self, **fields: Any) -> Config:
         defaults = {"model": "m", "engine_python": str(self.folder / "python"), "runtime_dir": str(self.runtime)}
@@ -99,3 +106,35 @@ class FakeSender:
     @property
     def text(self) -> str:
         return b"".join(response["text_output"][0] for response in self.responses).decode()
+
+
+class Heard:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+        self.failed: list[Failed] = []
+        self.lost: list[str] = []
+        self.led: list[bool] = []
+
+    def on_ready(self, ready: Ready) -> None:
+        self.card = ready.card
+
+    def on_outputs(self, outputs: list[Output]) -> None:
+        self.outputs += outputs
+
+    def on_failed(self, failed: Failed) -> None:
+        self.failed.append(failed)
+
+    def on_stats(self, stats: Stats, leads: bool) -> None:
+        self.led.append(leads)
+
+    def on_lost(self, reason: str) -> None:
+        self.lost.append(reason)
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token for output in self.outputs if output.request_id == request_id for token in output.token_ids]
+
+
+def submit(link: Link, request_id: int = 1, adapter: str = "", max_tokens: int = 5) -> None:
+    link.submit(Submit(request_id, [10, 11, 12], SamplingParams(max_tokens=max_tokens), adapter))

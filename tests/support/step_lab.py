@@ -15,12 +15,13 @@ from multilora_backend.core import SamplingParams, Sequence, Slot, StepPlan
 from multilora_backend.engine.engine import Engine
 from multilora_backend.models.batch import Batch
 from multilora_backend.protocol import Failed, Outputs, Submit
+from tiny_models import ROOM
 
 
 class StepLab:
     def __init__(self, model: Path, adapters: Path, page: int = 4, **settings) -> None:
-        places = {"model": str(model), "adapters": str(adapters)}
-        self.engine = Engine(Config(**places, device="cpu", block_size=page, **settings), wake=lambda: None)
+        places = {"model": str(model), "adapters": str(adapters), "device": "cpu"}
+        self.engine = Engine(Config(**{**places, "block_size": page, **ROOM, **settings}), wake=lambda: None)
         self.page = page
         self._pages = itertools.count(1)
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.adapters.compaction import Room, Shift, _run, plan_room
 from multilora_backend.adapters.ranks import PAGE, Places, padded, window_victims
+from profiles import examples
 
 
 def pool(layout: str) -> Places:
@@ -126,7 +127,7 @@ def crowds(draw):
 
 
 @given(crowds(), st.integers(1, 100))
-@settings(max_examples=400, deadline=None)
+@examples(200)
 def test_room_is_made_whenever_it_can_be(crowd, rank):
     places, idle, fixed = crowd
     before, slots = {n: places.get(n).rank_start for n in places}, {n: places.get(n).slot for n in places}
@@ -149,7 +150,7 @@ def test_room_is_made_whenever_it_can_be(crowd, rank):
 
 
 @given(crowds(), st.integers(1, 100))
-@settings(max_examples=200, deadline=None)
+@examples(100)
 def test_the_run_found_is_the_cheapest(crowd, rank):
     places, _, fixed = crowd
     spans, size = places.spans, padded(rank)

@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from extras_models import save_trained
+from extras_models import make_base, save_trained
 from multilora_backend.adapters.affine import AffinePart, fill_affine
 from multilora_backend.adapters.base import BaseModel
 from multilora_backend.adapters.extras import AFFINE, affine_spec, allocate_extras
@@ -41,20 +41,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "everything but dora": {"bias": "all", "lora_bias": True, "target_modules": ["v_proj", "gate_proj", "o_proj"]},
     "fan_in_fan_out": {"use_dora": True, "fan_in_fan_out": True, "target_modules": ["q_proj"]},
 }
-
-
-def make_base(biased: bool) -> LlamaForCausalLM:
-    torch.manual_seed(2)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=31, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_bias=biased, mlp_bias=biased,
-        )
-    )  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.data.normal_()
-    return model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["biased", "unbiased"])

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from multilora_backend.adapters.host import MAX_PASSES, HostCache
 from multilora_backend.adapters.layout import AdapterWeights, Buffer
+from profiles import examples
 
 
 def weights_of(version: str, nbytes: int) -> AdapterWeights:
@@ -139,5 +139,5 @@ class HostCacheMachine(RuleBasedStateMachine):
         assert self.cache.held_bytes == sum(self.sizes[v] for v in self.held)
 
 
-HostCacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+HostCacheMachine.TestCase.settings = examples(30, stateful_step_count=40)
 TestHostCacheMachine = HostCacheMachine.TestCase

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -14,6 +13,7 @@ from composition_bench import content_of
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.errors import MultiloraError
+from profiles import examples
 
 FOLDERS = ("a", "b", "c", "d", "e")
 CONFIGURED, LOADED, ALIASES = FOLDERS[:3], ("x", "y"), ("prod", "blue")
@@ -245,5 +245,5 @@ class Life(RuleBasedStateMachine):
         assert self.manager.stats().bytes["device"][0] == self.manager.stats().bytes["host"][0] == 0
 
 
-Life.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Life.TestCase.settings = examples(40, stateful_step_count=50)
 TestLife = Life.TestCase

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,6 +15,7 @@ from multilora_backend.adapters.layout import AdapterWeights
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.adapters.room import GRAIN_BYTES, Room, extras_can_ever_fit
 from multilora_backend.adapters.state import AdapterState
+from profiles import examples
 
 NAMES = [f"a{i}" for i in range(8)]
 RANKS, GRAINS = 48, 6
@@ -97,7 +97,7 @@ class Rooms(RuleBasedStateMachine):
 
 
 TestRooms = Rooms.TestCase
-TestRooms.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRooms.settings = examples(30, stateful_step_count=30)
 
 
 def test_without_an_arena_nothing_with_extras_fits():

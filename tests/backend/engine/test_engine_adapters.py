@@ -44,7 +44,7 @@ class Bench:
 
     def __init__(self, made: Path, folder: Path, **settings) -> None:
         self.made, self.folder = made, folder
-        self.settings = {"adapters_watch_s": 0.0, "block_size": 4, **settings}
+        self.settings = {"adapters_watch_s": 0.0, "block_size": 4, **tiny_models.ROOM, **settings}
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.failed: dict[int, Failed] = {}
         self.start()

@@ -32,8 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Run:
     def __init__(self, folder: Path, **settings) -> None:
-        places = {"model": str(folder / "model"), "adapters": str(folder / "adapters")}
-        self.engine = Engine(Config(**places, device="cpu", block_size=4, **settings), wake=lambda: None)
+        places = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
+        room = {**tiny_models.ROOM, **settings}
+        self.engine = Engine(Config(**places, block_size=4, **room), wake=lambda: None)
         self.tokens: dict[int, list[int]] = defaultdict(list)
 
     def submit(self, name: str) -> None:
@@ -56,7 +57,7 @@ class Run:
     ("strategy", "overlap"), [("grouped", "false"), ("reference", "true"), ("bordered", "true"), ("bordered", "false")]
 )
 def test_a_leased_adapter_moves_between_two_steps(folder: Path, strategy: str, overlap: str):
-    probe = Engine(Config(model=str(folder / "model"), adapters=str(folder / "adapters"), device="cpu"), lambda: None)
+    probe = Run(folder).engine
     four_pages = 32 * probe.adapters.pool.bytes_per_rank
     probe.close()
     run = Run(folder, adapter_device_bytes=four_pages, lora_strategy=strategy, async_scheduling=overlap)

@@ -76,7 +76,7 @@ def test_padded_steps_say_what_transformers_and_peft_say(
     folder: Path, strategy: str, rows: tuple[int, ...], ranks: tuple[int, ...], replayed: bool
 ):
     settings = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
-    settings |= {"block_size": 4, "lora_strategy": strategy, "async_scheduling": "true"}
+    settings |= {"block_size": 4, "lora_strategy": strategy, "async_scheduling": "true", **tiny_models.ROOM}
     engine = Engine(Config(**settings, max_num_batched_tokens=20, max_num_seqs=8), wake=lambda: None)
     with_graphs(engine, rows, ranks)
     prompts = {"": [5, 6, 7], "a": [9, 8, 7, 6, 5, 4, 3], "b": [5, 6, 7], "c": list(range(3, 29))}

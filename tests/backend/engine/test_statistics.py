@@ -82,8 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Iterator[Engine]:
     """With room for three pages of 8 ranks on the device."""
     per_rank = 2 * 4 * (3 * 32 + 64 + 32 + 32 + 2 * 32 + 96 + 48 + 32)
-    folders = {"model": str(folder / "model"), "adapters": str(folder / "adapters")}
-    made = Engine(Config(**folders, device="cpu", block_size=4, adapter_device_bytes=24 * per_rank), wake=lambda: None)
+    folders = {"model": str(folder / "model"), "adapters": str(folder / "adapters"), "device": "cpu"}
+    room = {**tiny_models.ROOM, "adapter_device_bytes": 24 * per_rank}
+    made = Engine(Config(**folders, **room, block_size=4), wake=lambda: None)
     yield made
     made.close()
 

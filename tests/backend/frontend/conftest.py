@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small tokenizers of the kinds that real models have, built here: no hub, no files."""
+"""Small tokenizers of the kinds that real models have, built here, and parts of a front end with fakes around them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HfTokenizer
 
+from frontend_fakes import FakeEngines, FakeSender, Heard
 from multilora_backend.config import Config
 from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.frontend.engine_process import EngineProcess
+from multilora_backend.frontend.link import Link
+from multilora_backend.frontend.outbox import Delivery, Outbox
 from multilora_backend.frontend.request import GenerateRequest, RawRequest
 from multilora_backend.frontend.request import parse as parse_request
+from multilora_backend.frontend.runtime import RuntimeFolder, folder_for
 from multilora_backend.frontend.tokenizer import Tokenizer
 from multilora_backend.frontend.tokenizers import Tokenizers
-from multilora_backend.protocol import ModelCard
+from multilora_backend.processes import Process
+from multilora_backend.protocol import Hello, ModelCard
+from outbox_bench import Letters, Seen
 
 SPECIALS = ["<s>", "</s>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "then the other thing there, naïve", "你好你好 🎉 tööt"] * 4
@@ -160,3 +169,54 @@ def refused() -> Callable[..., str]:
         return caught.value.message
 
     return run
+
+
+@pytest.fixture
+def engines(tmp_path: Path, make_card) -> FakeEngines:
+    return FakeEngines(tmp_path, make_card())
+
+
+@pytest.fixture
+def connect(engines: FakeEngines) -> Iterator[Callable[..., Link]]:
+    """A link with a `Heard` as its `heard`; closed after the test."""
+    links: list[Link] = []
+
+    def make(environ: dict[str, str] | None = None, **fields: object) -> Link:
+        config = engines.config(**fields)
+        folder = RuntimeFolder(folder_for(config, "multilora", "1", os.getpid()))
+        process = EngineProcess(config, folder, os.getpid(), {**os.environ, **(environ or {})})
+        heard = Heard()
+        link = Link(process, Hello(f"front-{len(links)}", os.getpid(), os.getpid()), heard)
+        link.heard = heard  # type: ignore[attr-defined]
+        links.append(link)
+        return link
+
+    yield make
+    for link in links:
+        link.close()
+    assert not any(Process.of(pid).alive for pid in engines.pids()), "an engine was left behind"
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture
+def outbox(seen: Seen) -> Iterator[Outbox]:
+    outbox = Outbox(seen)
+    outbox.start()
+    yield outbox
+    outbox.close()
+
+
+@pytest.fixture
+def deliver(outbox: Outbox) -> Callable[..., Delivery]:
+    """A watched delivery."""
+
+    def make(request_id: int = 1, sender: FakeSender | None = None) -> Delivery:
+        delivery = Delivery(request_id, sender or FakeSender(), None, Letters())
+        outbox.watch(delivery)
+        return delivery
+
+    return make

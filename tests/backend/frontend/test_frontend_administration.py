@@ -29,11 +29,6 @@ REPOSITORY = Path(__file__).resolve().parents[3] / "model_repository" / "multilo
 
 
 @pytest.fixture
-def engines(tmp_path: Path, make_card) -> FakeEngines:
-    return FakeEngines(tmp_path, make_card())
-
-
-@pytest.fixture
 def serve(engines: FakeEngines) -> Iterator[Callable[..., Service]]:
     """A front end of the model "multilora" of this server, which starts the engine."""
     made: list[Service] = []

@@ -17,7 +17,7 @@ import pytest
 
 import fake_pb_utils
 from fake_pb_utils import ModelConfig, Request, Tensor, TritonError, TritonModelException
-from frontend_fakes import FakeEngines, wait_until
+from frontend_fakes import wait_until
 from multilora_backend.errors import ErrorCode
 from multilora_backend.frontend import interface, sampling, service
 
@@ -33,11 +33,6 @@ def model_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def engines(tmp_path: Path, make_card) -> FakeEngines:
-    return FakeEngines(tmp_path, make_card())
 
 
 @pytest.fixture

@@ -4,12 +4,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from multilora_backend.config import Config
 from multilora_backend.errors import MultiloraError
 from multilora_backend.frontend.runtime import RuntimeFolder, find, folder_for
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """For folders with a socket, whose path may not be as long as tmp_path's can be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def test_a_runtime_folder_that_others_may_write_to_is_refused(tmp_path):
@@ -23,8 +33,8 @@ def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
         RuntimeFolder(tmp_path / ("x" * 100))
 
 
-def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(tmp_path):
-    base = tmp_path / "base"
+def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(short_path):
+    base = short_path / "base"
     dead, alive = RuntimeFolder(base / "1-dead"), RuntimeFolder(base / "2-alive")
     dead.leave(remove=False)
     third = RuntimeFolder(base / "3-new")
@@ -36,8 +46,8 @@ def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(tmp_
     assert not any(base.iterdir())
 
 
-def test_one_leads_and_the_last_of_several_knows(tmp_path):
-    first, second = (RuntimeFolder(tmp_path / "base" / "1-m") for _ in range(2))
+def test_one_leads_and_the_last_of_several_knows(short_path):
+    first, second = (RuntimeFolder(short_path / "base" / "1-m") for _ in range(2))
     assert first.try_lead()
     assert first.try_lead()
     assert not second.try_lead()
@@ -61,8 +71,8 @@ def test_the_folder_is_one_models_of_one_server(tmp_path):
     assert all(path.parent == tmp_path for path in others)
 
 
-def test_folders_are_found_by_model_and_server_the_highest_version_first(tmp_path):
-    base, pid = tmp_path / "base", os.getpid()
+def test_folders_are_found_by_model_and_server_the_highest_version_first(short_path):
+    base, pid = short_path / "base", os.getpid()
     config = Config(model="m", runtime_dir=str(base))
     folders = {}
     for model, version in (("llama", "9"), ("llama", "10"), ("other", "1")):
@@ -70,7 +80,7 @@ def test_folders_are_found_by_model_and_server_the_highest_version_first(tmp_pat
         folders[version].announce(model, version, pid)
     assert find(str(base), "llama", pid) == [folders["10"].path, folders["9"].path]
     assert find(str(base), "llama", os.getppid()) == []
-    assert find(str(tmp_path / "nowhere"), "llama", pid) == []
+    assert find(str(short_path / "nowhere"), "llama", pid) == []
     # A server of another container may have this pid, and the same temporary folder.
     served = folders["10"].path / "served.json"
     served.write_text(served.read_text().replace('"server": "', '"server": "7'))
@@ -78,8 +88,8 @@ def test_folders_are_found_by_model_and_server_the_highest_version_first(tmp_pat
     assert find(str(base), "llama", pid) == []
 
 
-def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path):
-    base = tmp_path / "base"
+def test_a_folder_that_others_may_write_to_is_not_trusted(short_path):
+    base = short_path / "base"
     folder = RuntimeFolder(base / f"{os.getpid()}-m")
     folder.announce("m", "1", os.getpid())
     assert find(str(base), "m", os.getpid()) == [folder.path]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +17,6 @@ from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend import service as service_module
 from multilora_backend.frontend.request import RawRequest
 from multilora_backend.frontend.service import Service
-
-
-@pytest.fixture
-def engines(tmp_path: Path, make_card) -> FakeEngines:
-    return FakeEngines(tmp_path, make_card())
 
 
 @pytest.fixture
@@ -122,10 +117,10 @@ def test_a_stop_string_ends_the_sequence_in_the_engine_too(service, engines):
 def test_when_the_engine_dies_nobody_is_left_hanging(ask, engines, service):
     lost = [ask("abc", stream=stream, lora_name="stuck") for stream in (True, False)]
     wait_until(lambda: len(engines.heard("Submit")) == 2)
-    engines.behave(start_s=0.4)
+    engines.behave(start_s=1.5)
     os.kill(engines.pids()[0], signal.SIGKILL)
     for sender in lost:
-        error = sender.wait(2).error
+        error = sender.wait(10).error
         assert error.code is ErrorCode.INTERNAL
         assert "SIGKILL" in error.message
         assert "please" in error.message
@@ -133,7 +128,7 @@ def test_when_the_engine_dies_nobody_is_left_hanging(ask, engines, service):
     started = time.monotonic()
     error = ask("abc").wait().error
     assert error.code is ErrorCode.UNAVAILABLE
-    assert time.monotonic() - started < 0.2, "it must fail fast"
+    assert time.monotonic() - started < 1, "it must fail fast"
     wait_until(lambda: service.ready)
     assert ask("abc", max_tokens=9).wait().text.startswith("abc")
 
@@ -145,17 +140,18 @@ def test_a_request_that_kills_the_engine_is_answered(ask):
 def test_a_long_prompt_does_not_hold_up_a_short_one(ask, monkeypatch):
     parse = service_module.parse
 
+    answered = threading.Event()
+
     def slow(raw, *rest):
         if len(raw.tensors["text_input"][0]) > 1000:
-            time.sleep(0.5)
+            assert answered.wait(30), "the short one waits for the long one"
         return parse(raw, *rest)
 
     monkeypatch.setattr(service_module, "parse", slow)
-    started = time.monotonic()
     long = ask("x" * 20_000)
     short = ask("abc", max_tokens=3).wait()
-    assert time.monotonic() - started < 0.4
     assert short.error is None
+    answered.set()
     assert "text_input" in long.wait().error.message
 
 

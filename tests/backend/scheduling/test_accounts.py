@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.scheduling.accounts import Account, Accounts, backlogged, charge, close, emptied
+from profiles import examples
 
 
 def test_who_comes_back_starts_where_the_least_of_those_who_wait_stands():
@@ -88,7 +89,7 @@ def test_accounts_of_those_who_are_gone_are_forgotten_unless_they_are_ahead():
     assert accounts.open(("ahead", 1.0))[0].served == 10_000
 
 
-@settings(max_examples=200, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_who_comes_back_stands_with_the_least_or_with_its_fair_share_if_that_is_more(data: st.DataObject):
     accounts = Accounts()

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.core import FinishReason, Sequence
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
 from multilora_backend.scheduling.tenants import Tenants
+from profiles import examples
 from virtual_scheduler import FIRST_COME, FakeAdapters, Traffic, add, make
 
 SEQS = 8
@@ -43,7 +44,7 @@ def largest_difference(traffic: Traffic, requests: dict[str, dict], steps: int) 
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@examples(15)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=2, max_size=4),
     adapters=st.booleans(),

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.core import FinishReason, PageMove, SequenceStatus
 from multilora_backend.scheduling.host import HostPages, moving_pays
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.scheduler import Scheduler
+from profiles import examples
 from virtual_scheduler import FakeAdapters, Traffic, add, make, run
 
 KIB = 1024
@@ -125,7 +126,7 @@ def test_pages_that_the_prefix_cache_still_has_are_not_copied(always):
     assert copied == -(-computed // 4) - new.num_cached // 4
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30)
 @given(data=st.data())
 def test_every_page_comes_back_with_what_it_held(data: st.DataObject):
     """Carries plans out on two dicts of pages: whatever a step reads was written for that sequence and position."""

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.scheduling.pages import TRASH_PAGE, PageTable
+from profiles import examples
 
 
 def sequence(tokens: list[int], number: int = 0) -> Sequence:
@@ -67,6 +67,19 @@ def test_released_pages_are_found_until_they_are_needed():
     late = sequence(list(range(12)))
     pages.admit(late, b"")
     assert late.num_computed == 0
+
+
+def test_pages_that_nobody_can_find_are_taken_before_those_that_somebody_may():
+    pages = PageTable(4, 4)
+    kept, partial = sequence(list(range(8))), sequence([7, 7])
+    compute(pages, kept)
+    compute(pages, partial)
+    pages.release(kept)
+    pages.release(partial)
+    assert compute(pages, sequence([9, 9]))
+    again = sequence([*range(8), 1])
+    pages.admit(again, b"")
+    assert again.num_computed == 8
 
 
 def test_without_caching_nothing_is_found():
@@ -147,5 +160,5 @@ class PageMachine(RuleBasedStateMachine):
                 assert sum(s.pages[-1] in other.pages for other, _ in self.live) == 1
 
 
-PageMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PageMachine.TestCase.settings = examples(60, stateful_step_count=40)
 TestPageMachine = PageMachine.TestCase

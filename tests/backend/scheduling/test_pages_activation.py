@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from multilora_backend.adapters.activation import first_active
@@ -30,7 +30,6 @@ def content(sequence: Sequence, page: int) -> list[tuple[int, bytes]]:
     return [(t, sequence.root if i >= sequence.adapter_start else b"") for i, t in enumerate(tokens)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(sorted(ADAPTERS)), starts, prompts), min_size=2, max_size=6))
 @example([("a", [3, 1, 2], [1, 3]), ("a", [3, 1, 2], [1, 2])])  # one page, with another start by what follows
 def test_pages_are_shared_exactly_when_they_are_equal(said):

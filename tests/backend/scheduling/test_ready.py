@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import time
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.scheduling.accounts import charge
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.ready import Ready
 from multilora_backend.scheduling.tenants import Tenants
+from profiles import examples
 from virtual_scheduler import add, make
 
 TENANTS = Tenants.parse({"tenants": {"t0": {"weight": 3}}})
 
 
-@settings(max_examples=150, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_the_first_line_is_always_the_one_with_the_least_rank(data: st.DataObject):
     policy = Policy(fair_share=data.draw(st.booleans()), priority=data.draw(st.booleans()))

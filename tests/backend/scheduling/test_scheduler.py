@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_backend.core import UNKNOWN_TOKEN, FinishReason, SequenceStatus
 from multilora_backend.scheduling.batch import SETBACKS, take_victim
 from multilora_backend.scheduling.policy import Policy
 from multilora_backend.scheduling.tenants import Tenants
+from profiles import examples
 from virtual_scheduler import FIRST_COME, FakeAdapters, Traffic, add, make, names, run
 
 
@@ -215,7 +216,7 @@ def test_a_low_class_gets_on_though_pages_are_short_and_a_high_one_never_stops()
     assert traffic.scheduler.preemptions > 10
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30)
 @given(data=st.data())
 def test_every_request_ends_whatever_the_clock_does_and_one_pass_plans_what_the_long_way_does(data: st.DataObject):
     """Two schedulers with the same requests and times; one never takes the short way through what decodes."""

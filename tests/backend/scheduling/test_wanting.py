@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -14,6 +13,7 @@ from multilora_backend.scheduling.lines import Line
 from multilora_backend.scheduling.quotas import Quota
 from multilora_backend.scheduling.tenants import SlaClass, Tenant
 from multilora_backend.scheduling.wanting import Wanting
+from profiles import examples
 
 TENANTS = {name: Quota(Tenant(name, weight=weight)) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 1.0))}
 PATH = (Account(), Account())
@@ -82,7 +82,7 @@ class WantingMachine(RuleBasedStateMachine):
         assert bool(self.wanting) == bool(self.due)
 
 
-WantingMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+WantingMachine.TestCase.settings = examples(60, stateful_step_count=40)
 TestWantingMachine = WantingMachine.TestCase
 
 

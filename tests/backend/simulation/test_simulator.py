@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from profiles import examples
 
 MIB = 2**20
 GIB = 2**30
@@ -128,7 +130,7 @@ def figures(sim: SimpleNamespace, run: Any) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=12, deadline=None)
+@examples(8)
 @given(data=st.data())
 def test_every_request_ends_with_all_its_tokens_on_both_schedulers(sim: SimpleNamespace, data: st.DataObject):
     adapters = data.draw(st.integers(1, 6))
