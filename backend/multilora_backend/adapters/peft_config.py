@@ -58,7 +58,15 @@ REFUSED = {
 }
 """Fields that change what the adapter computes: refused with the reason unless off (null, false or empty)."""
 
-NOT_FOR_PARAMETERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
+NOT_FOR_PARAMETERS = (
+    "lora_dropout",
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_dora",
+    "velora_config",
+    "kasa_config",
+    "alora_invocation_tokens",
+)
 """Fields that PEFT refuses together with target_parameters."""
 
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -66,6 +74,9 @@ BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values, or beginnings of values, whose A and B were subtracted from the base model's weights."""
+
+NOT_WITH_MICA = ("use_dora", "alora_invocation_tokens", "target_parameters")
+"""MiCA is a variant of LoRA for PEFT, as these are, and no linear can be of two."""
 
 BIASES = ("none", "lora_only", "all")
 """Whose biases were trained: nobody's, those of the linears with LoRA, all of the model's."""
@@ -212,8 +223,10 @@ def _refuse(fields: dict[str, Any]) -> None:
         raise MultiloraError(
             ErrorCode.UNSUPPORTED, "lora_bias: PEFT does not combine it with use_dora or a named init_lora_weights"
         )
-    if fields.get("use_dora") and str(init).lower() == "mica":
-        raise MultiloraError(ErrorCode.UNSUPPORTED, "use_dora: PEFT does not combine it with init_lora_weights 'mica'")
+    for name in NOT_WITH_MICA if str(init).lower() == "mica" else ():
+        if fields.get(name):
+            why = f"{name}: PEFT does not combine it with init_lora_weights 'mica'"
+            raise MultiloraError(ErrorCode.UNSUPPORTED, why)
 
 
 def _named(names: str | tuple[str, ...], module: str) -> bool:

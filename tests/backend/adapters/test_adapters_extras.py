@@ -226,6 +226,7 @@ def test_a_row_that_lora_cancels_cannot_be_scaled(running):
     ({"use_dora": True, "lora_bias": True}, "^lora_bias: PEFT does not combine it with use_dora"),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "^lora_bias: PEFT does not combine"),
     ({"use_dora": True, "init_lora_weights": "mica"}, "^use_dora: PEFT does not combine it with .*mica"),
+    ({"alora_invocation_tokens": [5], "init_lora_weights": "mica"}, "^alora_invocation_tokens: PEFT does not combine"),
 ])  # fmt: skip
 def test_combinations_that_peft_refuses(fields, match, folder, running, tmp_path, change):
     sites, base = running
