@@ -32,13 +32,21 @@ def params(verdict: str) -> list:
 def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
     """One for each model, made when it is first asked for, with one thread: for tensors this small more cost time."""
     made: dict[str, ParityBench] = {}
+    failed: dict[str, Exception] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def bench(family: Family) -> ParityBench:
-        if family.model_type not in made:
-            made[family.model_type] = ParityBench(family, tmp_path_factory.mktemp(family.model_type), CASES)
-        return made[family.model_type]
+        name = family.model_type
+        if name in failed:  # for a hundred tests it is tried once
+            raise failed[name]
+        if name not in made:
+            try:
+                made[name] = ParityBench(family, tmp_path_factory.mktemp(name), CASES)
+            except Exception as error:
+                failed[name] = error
+                raise
+        return made[name]
 
     yield bench
     for one in made.values():
