@@ -17,11 +17,14 @@ from extras_models import TOKENS
 from parity_bench import ParityBench
 from parity_case import Case
 from parity_families import FAMILIES, Family
+from parity_judge import check
 from parity_matrix import CASES, cells
 from parity_recipes import NEIGHBOURS
 
 Benches = Callable[[Family], ParityBench]
 LORA_CONFIG = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+NEVER_SET = {"runtime_config", "peft_type", "peft_version"}
+"""PEFT does not write the first, and the others are always the same."""
 
 
 def params(verdict: str) -> list:
@@ -57,17 +60,22 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
 @pytest.mark.parametrize(("family", "case"), params("applied"))
 def test_applied(family: Family, case: Case, benches: Benches):
     bench = benches(family)
-    together, model = bench.together[case.name], bench.judge.model_of(case)
-    for answer in together:
-        bench.judge.check(answer, model)
+    judge, model, effects = bench.judge, bench.judge.model_of(case), []
+    for answer in bench.together[case.name]:
+        truth = judge.truth(answer, model)
+        check(answer, truth)
         assert len(answer.token_ids) == TOKENS
         assert answer.beside >= {"", *NEIGHBOURS}
         assert len(answer.beside) > 5, "and others"
         # What an activated adapter's outputs hold must not become a prompt: its tokens would be looked for there.
         alone = bench.alone(answer, again=0 if "alora_invocation_tokens" in case.covers else 24)
-        bench.judge.check(alone, model)
-        assert (alone.prompt + alone.token_ids)[len(answer.prompt) :] == answer.token_ids
-    assert max(bench.judge.effect(answer, model) for answer in together) > 0.01, "or this would show nothing"
+        assert alone.prompt + alone.token_ids == answer.prompt + answer.token_ids
+        check(alone, truth)
+        effects.append(judge.effect(answer, truth))
+    assert max(effects) > 0.01, "or this would show nothing"
+    if not case.parts:
+        converted = {"init_lora_weights"} if case.recipe == "converted" else set()
+        assert case.covers & LORA_CONFIG - NEVER_SET - converted <= bench.said(case), "or this would be of no field"
 
 
 @pytest.mark.parametrize(("family", "case"), params("refused"))
@@ -83,5 +91,5 @@ def test_neighbours(family: Family, benches: Benches):
     """Those that every batch has are served right as well, beside all others."""
     bench = benches(family)
     for answer in bench.neighbours:
-        bench.judge.check(answer, bench.judge.neighbour(answer.asked))
+        check(answer, bench.judge.truth(answer, bench.judge.neighbour(answer.asked)))
     assert max(answer.chunks for answer in bench.neighbours) > 2, "prompts are cut"

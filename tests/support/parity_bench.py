@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import peft
 import torch
 
 import parity_recipes
@@ -80,6 +82,12 @@ class ParityBench:
             answer.chunks = len(mine) - len(answer.token_ids) + 1
             answer.beside = {jobs[other][0] for step in mine for other in step if other != number}
         return answers
+
+    def said(self, case: Case) -> set[str]:
+        """Fields that the config of its adapter sets, to something else than PEFT's default."""
+        config = json.loads((self.root / "adapters" / case.name / "adapter_config.json").read_text())
+        defaults = peft.LoraConfig().to_dict()
+        return {name for name, value in config.items() if value != defaults.get(name)}
 
     def _run_together(self, cases: list[Case]) -> None:
         jobs = [(case, prompt) for case in cases for prompt in self.prompts[case.name]]

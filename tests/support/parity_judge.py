@@ -50,41 +50,36 @@ class ParityJudge:
         return peft.PeftModel.from_pretrained(base, str(self._adapters / name), autocast_adapter_dtype=False).eval()
 
     @torch.inference_mode()
-    def check(self, answer: Answer, model: Any) -> None:
-        """Raises AssertionError unless logits are within BAR of those of `model`, and tokens the same.
+    def truth(self, answer: Answer, model: Any) -> Tensor:
+        """[tokens but the last, vocabulary]: what `model` makes of the prompt and the tokens that were drawn."""
+        tokens, more = [*answer.prompt, *answer.token_ids][:-1], {}
+        config, name = getattr(model, "peft_config", {}), getattr(model, "active_adapter", "")
+        if name in config and getattr(config[name], "alora_invocation_tokens", None):
+            (offset,) = calculate_alora_offsets(config, name, torch.tensor([answer.prompt]))
+            more["alora_offsets"] = [None if offset is None else offset + len(answer.token_ids) - 1]
+        return model(input_ids=torch.tensor([tokens]), use_cache=False, **more).logits[0].float()
 
-        Columns of tokens that the adapter does not know must be minus infinity.
-        """
-        assert not answer.failed
-        tokens, first = [*answer.prompt, *answer.token_ids], len(answer.prompt) - 1
-        truth = logits_of(model, tokens, len(answer.prompt))[:-1]
-        _check_close(stacked(answer.sampled), truth[first:])
-        if answer.every:
-            assert sorted(answer.every) == list(range(len(tokens) - 1)), "prefill, its chunks, and decode"
-            _check_close(stacked([answer.every[i] for i in range(len(tokens) - 1)]), truth)
-        assert answer.token_ids == truth[first:].argmax(dim=1).tolist()
-
-    @torch.inference_mode()
-    def effect(self, answer: Answer, model: Any) -> float:
-        """How far the adapter moves the logits, relative to the largest; 0 where tokens were added."""
-        tokens = [*answer.prompt, *answer.token_ids]
-        if max(tokens) >= self._base.config.vocab_size:
+    def effect(self, answer: Answer, truth: Tensor) -> float:
+        """How far the adapter moves the logits, relative to the largest; 1 where the base lacks tokens."""
+        if max(answer.prompt + answer.token_ids) >= self._base.config.vocab_size:
             return 1.0
-        truth = logits_of(model, tokens, len(answer.prompt))
-        plain = logits_of(self._base, tokens, len(answer.prompt))
+        plain = self.truth(answer, self._base)
         both = min(truth.shape[1], plain.shape[1])
         return float((truth[:, :both] - plain[:, :both]).abs().max() / truth.abs().max())
 
 
-def logits_of(model: Any, tokens: list[int], prompt: int) -> Tensor:
-    """[tokens, vocabulary]; the first `prompt` tokens are what invocation tokens are looked for in."""
-    more: dict[str, Any] = {}
-    config = getattr(model, "peft_config", {})
-    name = getattr(model, "active_adapter", "")
-    if name in config and getattr(config[name], "alora_invocation_tokens", None):
-        (offset,) = calculate_alora_offsets(config, name, torch.tensor([tokens[:prompt]]))
-        more["alora_offsets"] = [None if offset is None else offset + len(tokens) - prompt]
-    return model(input_ids=torch.tensor([tokens]), use_cache=False, **more).logits[0].float()
+def check(answer: Answer, truth: Tensor) -> None:
+    """Raises AssertionError unless logits are within BAR of `truth`, and tokens the same.
+
+    Columns of tokens that the adapter does not know must be minus infinity.
+    """
+    assert not answer.failed
+    first = len(answer.prompt) - 1
+    _check_close(stacked(answer.sampled), truth[first:])
+    if answer.every:
+        assert sorted(answer.every) == list(range(len(truth))), "prefill, its chunks, and decode"
+        _check_close(stacked([answer.every[i] for i in range(len(truth))]), truth)
+    assert answer.token_ids == truth[first:].argmax(dim=1).tolist()
 
 
 def _check_close(logits: Tensor, truth: Tensor) -> None:

@@ -81,7 +81,13 @@ CASES = [
         "a name",
         lambda f: {"target_modules": [f.up], "layers_to_transform": [0], "layers_pattern": "layers"},
     ),
-    Case("fan_in_fan_out", "true", lambda f: {"fan_in_fan_out": True}, "without effect on these models, as in PEFT"),
+    Case(
+        "fan_in_fan_out",
+        "true",
+        lambda f: {"fan_in_fan_out": True},
+        "without effect on these models, as in PEFT, which does not even write it",
+        recipe="edited",
+    ),
     Case("lora_bias", "true", lambda f: {"lora_bias": True, "r": 6}),
     Case(
         "lora_bias",
@@ -109,13 +115,13 @@ CASES = [
     ),
     Case("use_dora", "with bias all", lambda f: {"use_dora": True, "bias": "all", "target_modules": [f.o, f.up]}),
     Case(
-        "task_type, auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode, lora_dropout",
+        "task_type, peft_version, base_model_name_or_path, revision, inference_mode, lora_dropout",
         "set",
         _notes,
         "about training, or notes: without effect on answers",
     ),
     Case(
-        "runtime_config, megatron_core, qalora_group_size, peft_type",
+        "runtime_config, megatron_core, qalora_group_size, peft_type, auto_mapping",
         "as PEFT writes them",
         lambda f: {"megatron_core": "another.core", "qalora_group_size": 4},
         "without effect as long as what they belong to is off",

@@ -110,7 +110,7 @@ def _configured(base: Any, fields: dict[str, Any], folder: Path, seed: int) -> N
 
 
 def _edited(base: Any, fields: dict[str, Any], folder: Path, seed: int) -> None:
-    """With a config that this PEFT does not write, or not without further packages."""
+    """A neighbour's, with a config that this PEFT does not write, or not without further packages."""
     shutil.copytree(folder.parent / ("beside-dora" if fields.get("use_dora") else "beside-plain"), folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
