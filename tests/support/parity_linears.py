@@ -24,10 +24,8 @@ CASES = [
     Case(
         "rank_pattern",
         "regular expressions",
-        lambda f: {
-            "rank_pattern": {r"layers\.1\..*": 5, rf"^model\.layers\.0\.self_attn\.({f.q}|{f.o})": 6, "proj": 2}
-        },
-        "as in PEFT the first one that matches counts",
+        lambda f: {"rank_pattern": {r".*layers\.1\..*": 5, rf"^model\..*\.({f.q}|{f.o})": 6, r"model\..*": 2}},
+        "the first one that matches counts; PEFT sorts them when it saves",
     ),
     Case(
         "alpha_pattern",
@@ -38,7 +36,7 @@ CASES = [
         "alpha_pattern",
         "regular expressions",
         lambda f: {
-            "alpha_pattern": {rf"model\..*\.{f.o}": 40, r"layers\.1\..*": 3, ".*": 20},
+            "alpha_pattern": {r".*layers\.1\..*": 3, rf"^model\..*\.{f.o}": 40, r"model\..*": 20},
             "rank_pattern": {f.o: 3},
         },
     ),
