@@ -24,7 +24,7 @@ from multilora_backend.models.loader import STATIC_ROPE, SUPPORTED
 from multilora_backend.models.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "docs/architecture.md", "docs/metrics.md", "docs/performance.md"]
+DOCUMENTS = ["README.md", "docs/architecture.md", "docs/metrics.md", "docs/peft-support.md", "docs/performance.md"]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 ADAPTERS = (ROOT / "docs/adapters.md").read_text()

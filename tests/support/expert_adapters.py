@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from multilora_backend.adapters.peft import check_adapter, read_adapter
@@ -67,3 +70,48 @@ def refused(folder: Path, sites: list[LoraSite], match: str) -> None:
         read_adapter(folder, sites, torch.float32)
     with pytest.raises(MultiloraError, match=match):
         check_adapter(folder, sites)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    family: str = "mixtral"
+    experts: int = EXPERTS
+    hidden: int = HIDDEN
+    middle: int = MIDDLE
+
+
+MIXTRAL = Sizes()
+
+
+def sizes_of(model: Any) -> Sizes:
+    """Of any mixture of experts."""
+    experts, hidden, middle = model.model.layers[0].mlp.experts.down_proj.shape
+    return Sizes(model.config.model_type, experts, hidden, middle)
+
+
+FORMER = {
+    "mixtral": ("block_sparse_moe", {name: name for name in ("w1", "w2", "w3", "gate")}),
+    "qwen3_moe": ("mlp", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "gate": "gate"}),
+}
+"""Where experts were linears in transformers 4, and which."""
+
+
+def save_former(
+    folder: Path, target_modules: list[str], r: int = 3, sizes: Sizes = MIXTRAL, seed: int = 2, **fields: Any
+) -> Path:
+    """An adapter as it was saved with transformers 4."""
+    torch.manual_seed(seed)
+    tensors = {}
+    block, names = FORMER[sizes.family]
+    for layer in range(LAYERS):
+        for name in target_modules:
+            shapes = {"w2": (sizes.hidden, sizes.middle), "gate": (sizes.experts, sizes.hidden)}
+            rows, columns = shapes.get(names[name], (sizes.middle, sizes.hidden))
+            for expert in ("",) if name == "gate" else (f"experts.{i}." for i in range(sizes.experts)):
+                module = f"base_model.model.model.layers.{layer}.{block}.{expert}{name}"
+                tensors[f"{module}.lora_A.weight"] = 0.3 * torch.randn(r, columns)
+                tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(rows, r)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 5, "target_modules": target_modules, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -51,6 +51,13 @@ def save_trained(model: Path, folder: Path, seed: int = 0, vocabulary: int = 0, 
         base.resize_token_embeddings(vocabulary, mean_resizing=False)
     settings = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", **fields}
     adapted = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    randomise(adapted, seed)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def randomise(adapted: Any, seed: int) -> None:
+    """Random values in all that PEFT says is trainable."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if not parameter.requires_grad:
@@ -64,8 +71,6 @@ def save_trained(model: Path, folder: Path, seed: int = 0, vocabulary: int = 0, 
             parameter.data += 0.5 * values
         else:
             parameter.data.copy_(0.1 * values)
-    adapted.save_pretrained(str(folder))
-    return folder
 
 
 class ResizingJudge(Judge):

@@ -47,7 +47,15 @@ REFUSED = {
 }
 """Fields that change what the adapter computes: refused with the reason unless off (null, false or empty)."""
 
-NOT_FOR_PARAMETERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
+NOT_FOR_PARAMETERS = (
+    "lora_dropout",
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_dora",
+    "velora_config",
+    "kasa_config",
+    "alora_invocation_tokens",
+)
 """Fields that PEFT refuses together with target_parameters."""
 
 BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -55,6 +63,9 @@ BASE_KEEPING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values, or beginnings of values, whose A and B were subtracted from the base model's weights."""
+
+NOT_WITH_MICA = ("use_dora", "alora_invocation_tokens", "target_parameters")
+"""MiCA is a variant of LoRA for PEFT, as these are, and no linear can be of two."""
 
 CONVERTED_INITS = ("pissa", "olora", "corda", "lora_ga")
 """Those of them that can be converted by the adapter as it was before training, see `adapters.initial`."""
@@ -95,8 +106,9 @@ def refusals(fields: dict[str, Any], applied: Container[str]) -> Iterator[Multil
         yield unsupported(f"init_lora_weights: {checks.short(init)} is not understood")
     if fields.get("lora_bias") and (fields.get("use_dora") or not (init is None or isinstance(init, bool))):
         yield unsupported("lora_bias: PEFT does not combine it with use_dora or a named init_lora_weights")
-    if fields.get("use_dora") and str(init).lower() == "mica":
-        yield unsupported("use_dora: PEFT does not combine it with init_lora_weights 'mica'")
+    for name in NOT_WITH_MICA if str(init).lower() == "mica" else ():
+        if fields.get(name):
+            yield unsupported(f"{name}: PEFT does not combine it with init_lora_weights 'mica'")
 
 
 def converted_init(init: Any) -> str:

@@ -135,9 +135,9 @@ def _lora_parts(config: PeftConfig, found: Found, sites: Sequence[LoraSite], own
             width //= len(site.former)
         elif site.parameter:
             ranks, field = rank * max(site.experts, 1), "target_parameters"
-        if site.parameter and (config.use_dora or config.lora_bias):
-            name = "use_dora" if config.use_dora else "lora_bias"
-            raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has none on experts and routers ({module})")
+        for name in ("use_dora", "lora_bias", "alora_invocation_tokens") if site.parameter else ():
+            if getattr(config, name):
+                raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: PEFT has none on experts and routers ({module})")
         a = found.expect(module, "A", (ranks, site.in_features), field)
         b = found.expect(module, "B", (width, ranks), field)
         scale, place = config.scale(target.key), (target.site, -1 if target.expert is None else target.expert)

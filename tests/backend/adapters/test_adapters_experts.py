@@ -119,6 +119,24 @@ def test_fields_that_peft_does_not_have_for_parameters(field: str, save, sites: 
     refused(folder, sites, f"^{field}\\b")
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"alora_invocation_tokens": [5]}, "^alora_invocation_tokens: PEFT has no alora_invocation_tokens with"),
+        ({"init_lora_weights": "mica"}, "^target_parameters: PEFT does not combine it with init_lora_weights 'mica'"),
+    ],
+)
+def test_variants_that_peft_does_not_have_for_parameters(
+    fields: dict[str, Any], match: str, save, sites: list[LoraSite]
+):
+    folder, _ = save(**FORMS["both"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    refused(folder, sites, match)
+    with pytest.raises(ValueError, match="variant combination"):
+        peft.PeftModel.from_pretrained(model(), str(folder))
+
+
 PREFIX = "base_model.model.model.layers.0.mlp."
 
 

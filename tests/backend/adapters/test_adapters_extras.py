@@ -33,10 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 3, "down_proj": 11},
         "alpha_pattern": {"o_proj": 40},
     },
-    "dora on some": {"use_dora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]},
     "dora, all biases": {"use_dora": True, "bias": "all", "target_modules": ["k_proj", "down_proj"]},
     "lora_bias": {"lora_bias": True, "alpha_pattern": {"k_proj": 3}},
-    "bias all": {"bias": "all", "target_modules": ["q_proj"]},
     "bias lora_only": {"bias": "lora_only", "target_modules": ["v_proj", "o_proj"]},
     "everything but dora": {"bias": "all", "lora_bias": True, "target_modules": ["v_proj", "gate_proj", "o_proj"]},
     "fan_in_fan_out": {"use_dora": True, "fan_in_fan_out": True, "target_modules": ["q_proj"]},
@@ -212,6 +210,7 @@ def test_a_row_that_lora_cancels_cannot_be_scaled(running):
     ({"use_dora": True, "lora_bias": True}, "^lora_bias: PEFT does not combine it with use_dora"),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "^lora_bias: PEFT does not combine"),
     ({"use_dora": True, "init_lora_weights": "mica"}, "^use_dora: PEFT does not combine it with .*mica"),
+    ({"alora_invocation_tokens": [5], "init_lora_weights": "mica"}, "^alora_invocation_tokens: PEFT does not combine"),
 ])  # fmt: skip
 def test_combinations_that_peft_refuses(fields, match, folder, running, tmp_path, change):
     sites, base = running

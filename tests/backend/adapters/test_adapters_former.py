@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expert_adapters import EXPERTS, HIDDEN, LAYERS, MIDDLE, check_deltas, deltas_of, model, refused, sites_of
+from expert_adapters import Sizes, check_deltas, deltas_of, model, refused, save_former, sites_of
 from multilora_backend.adapters.peft import read_adapter
-
-SHAPES = {"w1": (MIDDLE, HIDDEN), "w3": (MIDDLE, HIDDEN), "w2": (HIDDEN, MIDDLE), "gate": (EXPERTS, HIDDEN)}
-FORMER = {
-    "mixtral": ("block_sparse_moe", {name: name for name in SHAPES}),
-    "qwen3_moe": ("mlp", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "gate": "gate"}),
-}
-"""Where experts were linears in transformers 4, and which."""
-
-
-def save_former(folder: Path, targets: list[str], rank: int = 3, family: str = "mixtral", **fields: Any) -> Path:
-    """An adapter as it was saved with transformers 4."""
-    torch.manual_seed(2)
-    tensors = {}
-    block, names = FORMER[family]
-    for layer in range(LAYERS):
-        for name in targets:
-            rows, columns = SHAPES[names[name]]
-            for expert in ("",) if name == "gate" else (f"experts.{i}." for i in range(EXPERTS)):
-                module = f"base_model.model.model.layers.{layer}.{block}.{expert}{name}"
-                tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns)
-                tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 5, "target_modules": targets, **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("rank", [3, 4])
@@ -56,7 +30,7 @@ def save_former(folder: Path, targets: list[str], rank: int = 3, family: str = "
 def test_adapters_of_transformers_4_are_what_peft_makes_of_them(
     tmp_path: Path, family: str, targets: list[str], rank: int
 ):
-    folder = save_former(tmp_path, targets, rank, family)
+    folder = save_former(tmp_path, targets, rank, Sizes(family))
     expected = deltas_of(peft.PeftModel.from_pretrained(model(family), str(folder)))
     check_deltas(folder, expected, sites_of(family))
 
@@ -81,8 +55,10 @@ def test_adapters_of_transformers_4_that_are_refused(tmp_path: Path):
     refused(tmp_path, sites_of(), "layers.1.mlp.experts.4.w3.lora_B: is missing .* target_modules")
 
 
-@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
-def test_what_experts_cannot_have_is_not_dropped_in_silence(field: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("field", "value"), [("use_dora", True), ("lora_bias", True), ("alora_invocation_tokens", [5])]
+)
+def test_what_experts_cannot_have_is_not_dropped_in_silence(field: str, value: Any, tmp_path: Path):
     """Without magnitudes or biases in the file, the config alone tells."""
-    folder = save_former(tmp_path, ["w1", "w2", "w3"], **{field: True})
+    folder = save_former(tmp_path, ["w1", "w2", "w3"], **{field: value})
     refused(folder, sites_of(), f"^{field}: PEFT has none on experts and routers")
