@@ -97,6 +97,17 @@ def _converted(base: Any, fields: dict[str, Any], folder: Path, seed: int) -> No
     adapted.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(initial))
 
 
+def _beside(base: Any, fields: dict[str, Any], folder: Path, seed: int) -> None:
+    """As trained, with the adapter as it was before in a folder of its own; PEFT makes the residual again."""
+    config = peft.LoraConfig(**fields)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config)
+    init, config.init_lora_weights = config.init_lora_weights, True
+    adapted.save_pretrained(str(folder / f"{init}_init"))
+    config.init_lora_weights = init
+    _moved(adapted, seed)
+    adapted.save_pretrained(str(folder))
+
+
 def _former(base: Any, fields: dict[str, Any], folder: Path, seed: int) -> None:
     """With one linear for each expert."""
     folder.mkdir()
@@ -120,6 +131,7 @@ _RECIPES: dict[str, Callable[[Any, dict[str, Any], Path, int], None]] = {
     "trained": _trained,
     "eva": _eva,
     "converted": _converted,
+    "beside": _beside,
     "former": _former,
     "configured": _configured,
     "edited": _edited,

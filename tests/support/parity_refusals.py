@@ -24,9 +24,11 @@ def _is(**fields: Any) -> Config:
     return lambda f: {"target_modules": [f.q], **fields}
 
 
-def _init(value: str, recipe: str = "configured", **more: Any) -> Case:
+def _init(
+    value: str, recipe: str = "configured", why: str = "; convert the adapter when saving it", **more: Any
+) -> Case:
     fields = ", ".join(["init_lora_weights", *more])
-    why = f"init_lora_weights: '{value}' changes the base model's weights; convert the adapter when saving it"
+    why = f"init_lora_weights: '{value.split('_niter')[0]}' changes the base model's weights{why}"
     return Case(fields, f"{value}, as trained", _is(init_lora_weights=value, **more), recipe=recipe, refused=why)
 
 
@@ -37,7 +39,7 @@ FIELDS = [
     _init("olora"),
     _init("corda", corda_config=CordaConfig()),
     _init("lora_ga", lora_ga_config=LoraGAConfig()),
-    _init("loftq", recipe="edited", loftq_config={"loftq_bits": 4}),
+    _init("loftq", recipe="edited", why=", and nothing converts it", loftq_config={"loftq_bits": 4}),
     Case("layer_replication", "set", _is(layer_replication=[[0, 2], [1, 2]]),
          refused="layer_replication: replicated layers make another base model"),
     Case("use_qalora, qalora_group_size", "true", _is(use_qalora=True, qalora_group_size=8),

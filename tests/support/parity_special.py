@@ -34,6 +34,14 @@ INITS = [
     Case("init_lora_weights", "pissa_niter_4, converted", _init("pissa_niter_4", r=4), "likewise", recipe="converted"),
     Case("init_lora_weights", "olora, converted", _init("olora", r=3), "likewise", recipe="converted"),
     Case(
+        "init_lora_weights",
+        "pissa, as trained, with pissa_init",
+        _init("pissa", r=4),
+        "the adapter as it was before training lies in its folder as `pissa_init`; likewise olora_init, ...",
+        recipe="beside",
+    ),
+    Case("init_lora_weights", "olora, as trained, with olora_init", _init("olora", r=3), recipe="beside"),
+    Case(
         "init_lora_weights, corda_config",
         "corda, converted",
         _init("corda", r=4, corda_config=CordaConfig()),
