@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,8 +97,10 @@ class ParityBench:
         everybody = [*NEIGHBOURS, *(case.asked for case in cases)]
         self.ask(*((name, [LOW]) for name in everybody), tokens=1)
         beside = ["", *NEIGHBOURS]
-        for start in range(0, len(jobs), BATCH - len(beside)):
-            group = jobs[start : start + BATCH - len(beside)]
+        batches = math.ceil(len(jobs) / (BATCH - len(beside)))
+        size = math.ceil(len(jobs) / batches)  # all alike, so that none has a few cases only
+        for start in range(0, len(jobs), size):
+            group = jobs[start : start + size]
             others = [(name, _tokens(5 + 6 * i, start + i)) for i, name in enumerate(beside)]
             asked = [(case.asked, prompt) for case, prompt in group]
             # In the middle, so that those who come first and those who come last are served beside them.
