@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import groupby
 
 import msgspec
 from tokenizers import AddedToken as HfToken
@@ -60,20 +61,25 @@ def extended(base: Tokenizer, added: AddedTokens) -> Tokenizer:
     for part in SHARED:
         if (shared := getattr(base, part)) is not None:
             setattr(tokenizer, part, shared)
-    _add(tokenizer, [token for _, token in sorted(base.get_added_tokens_decoder().items())])
+    own = [_hf_token(token) for token in added.tokens]
+    _add(tokenizer, [*(token for _, token in sorted(base.get_added_tokens_decoder().items())), *own])
     for token in added.tokens:
-        options = msgspec.structs.asdict(token)
-        number, content = options.pop("id"), options.pop("content")
-        _add(tokenizer, [HfToken(content, **options)])
-        if (given := tokenizer.token_to_id(content)) != number:
+        if (given := tokenizer.token_to_id(token.content)) != token.id:
             raise MultiloraError(
                 ErrorCode.UNSUPPORTED,
-                f"tokenizer.json: token {content!r} has id {number}, and would get {given} if it were added to the "
-                "base model's tokenizer",
+                f"tokenizer.json: token {token.content!r} has id {token.id}, and would get {given} if it were added to "
+                "the base model's tokenizer",
             )
     return tokenizer
 
 
-def _add(tokenizer: Tokenizer, tokens: list[HfToken]) -> None:
-    for token in tokens:
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+def _hf_token(token: AddedToken) -> HfToken:
+    options = msgspec.structs.asdict(token)
+    del options["id"], options["content"]
+    return HfToken(token.content, **options)
+
+
+def _add(tokenizer: Tokenizer, tokens: Iterable[HfToken]) -> None:
+    # In as few calls as their order allows: each takes as long as there are tokens.
+    for special, run in groupby(tokens, key=lambda token: token.special):
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(list(run))

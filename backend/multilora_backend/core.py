@@ -120,6 +120,8 @@ class Sequence:
     """Prompt and output tokens at which the sequence ends."""
     tokens: str = ""
     """Digest of the added tokens by which the prompt was cut, see `added_tokens`; empty: as the base model's."""
+    ids_below: int = 0
+    """One more than the largest token id that the request names, in its prompt or for its sampling."""
     deadline: float = math.inf
     """When the first token should be there, on the clock of `arrival`; the scheduler fills in its class's."""
 

@@ -25,7 +25,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Those that transformers would read, by name. Raises MultiloraError if one is missing."""
     index = folder / INDEX
     names = {SINGLE}
-    if index.is_file():
+    if not (folder / SINGLE).is_file() and index.is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
     for name in names:
         if not (folder / name).is_file():

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from multilora_backend.adapters.base import BaseModel
+from multilora_backend.adapters.folder import member
 from multilora_backend.adapters.peft_config import PeftConfig
 from multilora_backend.adapters.tensors import Header, metadata_of
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -33,7 +34,6 @@ ARCHITECTURE = (
     "num_key_value_heads",
     "head_dim",
     "num_experts",
-    "num_local_experts",
 )
 """Fields of config.json that make another model of it. Others (rope, epsilons) are spelled differently by versions."""
 
@@ -64,33 +64,51 @@ def check_recorded(config: PeftConfig, header: Header, label: str, base: BaseMod
         raise invalid(FINGERPRINT, f"the adapter is for {recorded}, the model is {identity.fingerprint}")
 
 
-def check_base_config(path: Path, base: BaseModel) -> Mapping[str, Any]:
-    """Compares a config.json beside the adapter with the running model's; returns it.
+def base_config_beside(folder: Path, inside: Sequence[Path] = ()) -> Mapping[str, Any]:
+    """Fields of a model's config.json in the folder; empty if there is none. Anything else of that name says nothing.
 
-    Raises MultiloraError that names the field in which they differ.
+    PEFT does not look at it, so an adapter is not refused for one that cannot be read.
     """
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise invalid(BASE_CONFIG, f"is larger than {MAX_CONFIG_BYTES} bytes")
+    if not (folder / BASE_CONFIG).exists():
+        return {}
     try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise invalid(BASE_CONFIG, f"is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise invalid(BASE_CONFIG, "must be one JSON object")
-    if isinstance(fields.get("text_config"), dict):
-        fields = fields["text_config"]
-    if base.identity is not None:
-        for name in ARCHITECTURE:
-            _compare(name, fields.get(name), base.identity.settings.get(name))
-    return fields
+        path = member(folder, BASE_CONFIG, inside)
+        fields = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CONFIG_BYTES else None
+    except (MultiloraError, OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        return {}
+    inner = fields.get("text_config")
+    return inner if isinstance(inner, dict) else fields
 
 
-def check_vocabulary(fields: Mapping[str, Any], base: BaseModel, own: int) -> None:
-    """`own`: tokens that the adapter brings a table for; 0: it knows the base model's. Raises MultiloraError."""
-    if base.identity is not None:
-        _compare("vocab_size", fields.get("vocab_size"), own or base.identity.settings.get("vocab_size"))
+def check_base_config(fields: Mapping[str, Any], base: BaseModel) -> None:
+    """Raises MultiloraError that names the field in which the config beside the adapter is not the running model's."""
+    identity = base.identity
+    if identity is None:
+        return
+    for name in ARCHITECTURE:
+        trained, running = _field(fields, name), _field(identity.settings, name)
+        if trained is not None and running is not None and trained != running:
+            raise _other(name, trained, running)
 
 
-def _compare(name: str, trained: Any, running: Any) -> None:
-    if trained is not None and running is not None and trained != running:
-        raise invalid(BASE_CONFIG, f"{name} is {repr(trained)[:80]}, the model that runs has {running!r}")
+def check_vocabulary(fields: Mapping[str, Any], base: BaseModel) -> None:
+    """Of an adapter that has no tables of its own. Raises MultiloraError if it was trained with more tokens.
+
+    With fewer it may have been, as embeddings are padded.
+    """
+    trained = fields.get("vocab_size")
+    running = None if base.identity is None else base.identity.settings.get("vocab_size")
+    if isinstance(trained, int) and isinstance(running, int) and trained > running:
+        raise _other("vocab_size", trained, running)
+
+
+def _field(fields: Mapping[str, Any], name: str) -> Any:
+    value = fields.get(name)
+    # As Mixtral has it, and transformers 5 for all.
+    return fields.get("num_local_experts") if value is None and name == "num_experts" else value
+
+
+def _other(name: str, trained: Any, running: Any) -> MultiloraError:
+    return invalid(BASE_CONFIG, f"{name} is {repr(trained)[:80]}, the model that runs has {running!r}")

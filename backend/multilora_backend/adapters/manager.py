@@ -144,6 +144,10 @@ class AdapterManager(Commands):
         """Tokens that a revision knows; 0: those of the base model, as far as is known before it was looked at."""
         return self._record(key).vocabulary
 
+    def looked_at(self, key: str) -> bool:
+        """Whether its folder was checked or read, so that it is known what tokens it has."""
+        return self._record(key).rank > 0
+
     def tokens(self, key: str) -> AddedTokens:
         """Tokens of a revision that the base model does not know; none before it was looked at."""
         return self._record(key).tokens

@@ -6,11 +6,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,13 @@ from multilora_backend.adapters.contents import put
 from multilora_backend.adapters.extras import Extras, allocate_extras
 from multilora_backend.adapters.folder import CONFIG, PICKLED, WEIGHTS, member, read_config
 from multilora_backend.adapters.layout import VERSION_DIGITS, AdapterWeights, SiteWeights, allocate
-from multilora_backend.adapters.lineage import BASE_CONFIG, check_base_config, check_recorded, check_vocabulary
+from multilora_backend.adapters.lineage import (
+    BASE_CONFIG,
+    base_config_beside,
+    check_base_config,
+    check_recorded,
+    check_vocabulary,
+)
 from multilora_backend.adapters.norms import fill_norms
 from multilora_backend.adapters.opened import OpenWeights, open_weights
 from multilora_backend.adapters.own_tokens import TOKENIZER, read_tokens
@@ -52,7 +57,7 @@ def fingerprint(folder: Path | str) -> Fingerprint:
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
     place = os.fspath(folder)
-    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED, TOKENIZER))
+    return tuple(of(f"{place}/{name}") for name in (CONFIG, WEIGHTS, PICKLED, TOKENIZER, BASE_CONFIG))
 
 
 def check_adapter(
@@ -111,12 +116,12 @@ def read_adapter(
 def _checked(
     folder: Path, weights: OpenWeights, sites: tuple[LoraSite, ...], inside: Sequence[Path], base: BaseModel | None
 ) -> AdapterPlan:
-    trained_on: Mapping[str, Any] = {}
-    if base is not None and (folder / BASE_CONFIG).exists():
-        trained_on = check_base_config(member(folder, BASE_CONFIG, inside), base)
-    plan = _plan(weights.config, weights.header, sites, base)
+    trained_on = base_config_beside(folder, inside)
     if base is not None:
-        check_vocabulary(trained_on, base, plan.vocabulary)
+        check_base_config(trained_on, base)
+    plan = _plan(weights.config, weights.header, sites, base)
+    if base is not None and not plan.vocabulary:
+        check_vocabulary(trained_on, base)
     return replace(plan, tokens=_own_tokens(folder, plan, inside, base))
 
 

@@ -16,7 +16,7 @@ class Polled:
     """Keys of which nothing is left, and what those of their holders go on with who have no output yet."""
     read: list[AdapterRecord] = field(default_factory=list)
     """Whose version is known now."""
-    own_tokens: list[str] = field(default_factory=list)
-    """Keys that were read or checked and have tokens that the base model has not: prompts may have to be cut again."""
+    looked_at: list[str] = field(default_factory=list)
+    """Keys that were read or checked while sequences wait for them: it is known now what tokens they have."""
     stale: list[AdapterRecord] = field(default_factory=list)
     """Compositions that cannot be made any more, as sources of parts have changed."""

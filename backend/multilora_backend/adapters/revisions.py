@@ -165,7 +165,7 @@ class Revisions:
                 case Happened.CHECKED | Happened.READ:
                     self._found_fine(record)
                     polled.read += [record] if record.version else []
-                    polled.own_tokens += [record.key] if record.tokens.tokens else []
+                    polled.looked_at += [record.key] if record.holds else []
                 case Happened.CHANGED:
                     self._changed(record, event, polled)
                 case Happened.STALE:

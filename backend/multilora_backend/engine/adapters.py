@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -96,12 +97,13 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
     """Sequences whose revision cannot be served go on with its successor, or end with the reason."""
     for key in polled.failed:
         engine.fail(engine.scheduler.waiting_for(key), ErrorCode.INTERNAL, engine.adapters.reason(key))
-    for key in polled.own_tokens:
+    for key in polled.looked_at:
         _cut_again(engine, engine.scheduler.waiting_for(key), key)
     for key, successor in polled.moved:
         waiting = engine.scheduler.waiting_for(key)
         # What has output cannot go on with other weights: it would be half of one and half of another adapter.
-        begun = {sequence.key[:2] for sequence in waiting if sequence.num_output_tokens}
+        counts = Counter(sequence.key[:2] for sequence in waiting)
+        begun = {s.key[:2] for s in waiting if s.num_output_tokens or counts[s.key[:2]] < s.sampling.n}
         name = engine.adapters.records[key].title
         message = f"LoRA {name} was changed at its source while this request waited to go on with what it was before"
         engine.fail([s for s in waiting if s.key[:2] in begun], ErrorCode.UNAVAILABLE, message)
@@ -114,6 +116,10 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
 
 
 def _cut_again(engine: Engine, waiting: list[Sequence], key: str) -> None:
-    """Prompts that came before it was known what tokens the adapter has. Nothing of them can have run with it."""
-    tokens = engine.adapters.tokens(key)
-    engine.retokenise([sequence for sequence in waiting if sequence.tokens != tokens.digest], tokens)
+    """Hands back what came before it was known which tokens the adapter has. Nothing of it can have run with it.
+
+    What names tokens that the adapter has not is handed back as well: it is refused when it comes again.
+    """
+    tokens, known = engine.adapters.tokens(key), engine.adapters.vocabulary(key) or engine.card.vocab_size
+    wrong = [each for each in waiting if each.tokens != tokens.digest or each.ids_below > known]
+    engine.retokenise(wrong, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from multilora_backend.added_tokens import NO_TOKENS
@@ -32,20 +33,25 @@ def admit(engine: Engine, message: Submit) -> str | Retokenise:
     if (tokens := engine.adapters.tokens(adapter) if adapter else NO_TOKENS).digest != message.tokens:
         return Retokenise(message.request_id, tokens)
     known = engine.adapters.vocabulary(adapter) if adapter else 0
-    _check_ids(message, known or engine.card.vocab_size)
+    if not adapter or engine.adapters.looked_at(adapter):  # else it is found out before anything runs
+        _check_ids(message, known or engine.card.vocab_size)
     engine.scheduler.check(message.tenant, adapter, message.sampling.n)
     return adapter
 
 
-def _check_ids(message: Submit, vocabulary: int) -> None:
+def _ids(message: Submit) -> dict[str, Collection[int]]:
+    """All that a request names, by field."""
     sampling = message.sampling
-    ids = {
+    return {
         "text_input": message.prompt_token_ids,
         "stop_token_ids": sampling.stop_token_ids,
         "logit_bias": sampling.logit_bias or (),
     }
-    for field, values in ids.items():
-        if values and (max(values) >= vocabulary or min(values) < 0):
+
+
+def _check_ids(message: Submit, vocabulary: int) -> None:
+    for field, ids in _ids(message).items():
+        if ids and (max(ids) >= vocabulary or min(ids) < 0):
             raise invalid(field, f"token ids must be below the vocabulary's {vocabulary}")
 
 
@@ -53,6 +59,7 @@ def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: in
     """The n sequences of a request; `adapter` is a key."""
     sampling, prompt = message.sampling, message.prompt_token_ids
     seed = random.getrandbits(62) if sampling.seed is None else sampling.seed
+    ids_below = 1 + max(max(ids, default=-1) for ids in _ids(message).values())
     return [
         Sequence(
             key=(frontend, message.request_id, index),
@@ -64,6 +71,7 @@ def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: in
             priority=message.priority,
             tenant=message.tenant,
             tokens=message.tokens,
+            ids_below=ids_below,
             arrival=time.monotonic(),
             max_len=min(len(prompt) + sampling.max_tokens, max_model_len),
         )

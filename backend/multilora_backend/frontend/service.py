@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from multilora_backend.added_tokens import AddedTokens
 from multilora_backend.config import Config
@@ -193,8 +194,9 @@ class Service(Listener):
 
     def on_retokenise(self, message: Retokenise) -> None:
         delivery = self._in_flight.get(message.request_id)
-        if delivery is not None and not self._closing:
-            self._pool.submit(self._send_again, delivery, message.tokens)
+        if delivery is not None:
+            with suppress(RuntimeError):  # the pool is closed, after which all that is in flight is failed
+                self._pool.submit(self._send_again, delivery, message.tokens)
 
     def on_stats(self, stats: Stats, leads: bool) -> None:
         if self._metrics is not None:

@@ -40,9 +40,12 @@ class Tokenizers:
         """The tokenizer for an adapter that has these tokens. Raises MultiloraError if there can be none."""
         with self._lock:
             self._digests.pop(adapter, None)
-            if not added.tokens:
-                return self._base
-            tokenizer = self._own.pop(added.digest, None) or self._base.with_tokens(added)
+            tokenizer = self._own.get(added.digest, None)
+        if not added.tokens:
+            return self._base
+        tokenizer = tokenizer or self._base.with_tokens(added)  # not under the lock, which every request takes
+        with self._lock:
+            self._own.pop(added.digest, None)
             self._digests[adapter] = added.digest
             self._own[added.digest] = tokenizer
             for known, limit in ((self._digests, MAX_NAMES), (self._own, MAX_TOKENIZERS)):

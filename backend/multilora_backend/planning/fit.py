@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from multilora_backend.adapters.base import BaseModel
-from multilora_backend.adapters.composing import why_no_part
+from multilora_backend.adapters.composing import NOT_A_SUM, why_no_part
 from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.folder import CONFIG, WEIGHTS
 from multilora_backend.adapters.inspection import Inspection, inspect_folder, reason_of
@@ -190,6 +190,7 @@ def _read(found: Fit, folder: Path, inside: Sequence[Path], plan: AdapterPlan, r
             base = with_weights(base, plan, sites, dtype)
         except (MultiloraError, OSError) as error:
             kinds = ", ".join(sorted({spec.key[0] for spec in plan.extras}))
+            found.not_in_sums = NOT_A_SUM
             found.unchecked = f"values of {kinds}, since the base model's weights are needed: {reason_of(error)}"
             return
     weights = read_adapter(folder, sites, dtype, inside=inside, base=base)

@@ -95,8 +95,9 @@ class Bench:
 def bench(made: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     started = []
 
-    def start(**settings: object) -> Bench:
-        shutil.copytree(made / "adapters", tmp_path / "adapters")
+    def start(tokenizers: bool = True, **settings: object) -> Bench:
+        left_out = shutil.ignore_patterns(*([] if tokenizers else ["tokenizer.json"]))
+        shutil.copytree(made / "adapters", tmp_path / "adapters", ignore=left_out)
         started.append(Bench(made, tmp_path / "adapters", **settings))
         return started[-1]
 
@@ -155,6 +156,59 @@ def test_what_is_not_known_yet_is_found_out_before_it_runs(bench, said, monkeypa
     run.run()
     assert run.tokens[0] == said("own", PROMPT)
     assert not run.failed
+
+
+def test_ids_of_what_is_not_known_yet_are_judged_when_it_is(bench, monkeypatch):
+    monkeypatch.setattr(AdapterManager, "check_all", lambda manager, wait_s: None)
+    run = bench()
+    run.submit(0, PLAIN, "own", BOTH, stop_token_ids=(62,), max_tokens=3)
+    assert run.engine.take_replies()["front"] == [Retokenise(0, NO_TOKENS)]
+    run.submit(0, PLAIN, "own", NO_TOKENS, stop_token_ids=(62,), max_tokens=3)
+    run.submit(1, PLAIN, "plain", NO_TOKENS, logit_bias={62: 1.0}, max_tokens=3)
+    run.run()
+    assert run.returned == {0: [BOTH], 1: [NO_TOKENS]}
+    assert not run.tokens
+    run.submit(0, PLAIN, "own", BOTH, stop_token_ids=(62,), max_tokens=3)
+    run.submit(1, PLAIN, "plain", NO_TOKENS, logit_bias={62: 1.0}, max_tokens=3)
+    run.run()
+    assert len(run.tokens[0]) == 3
+    assert run.failed == {1: "logit_bias: token ids must be below the vocabulary's 61"}
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_an_adapter_that_has_lost_tokens_since_its_check_takes_nobody_down(bench, said, tmp_path, tokens):
+    """With a table of more rows, and with or without a tokenizer that has tokens for them."""
+    run = bench(tokenizers=tokens)
+    run.engine.step()
+    shutil.rmtree(tmp_path / "adapters" / "own")
+    shutil.copytree(tmp_path / "adapters" / "plain", tmp_path / "adapters" / "own")
+    if tokens:
+        run.submit(0, PROMPT, "own", BOTH)
+    else:
+        run.submit(0, PLAIN, "own", NO_TOKENS, logit_bias={62: 1.0})
+    run.submit(1, PLAIN, "", NO_TOKENS)
+    run.run()
+    assert run.returned == {0: [NO_TOKENS]}
+    assert dict(run.tokens) == {1: said("", PLAIN)}
+    assert not run.failed
+
+
+def test_half_a_request_is_not_begun_again(bench, tmp_path):
+    """Of two sequences one has ended when the adapter turns out to have changed: they would be of two adapters."""
+    run = bench(adapter_host_bytes=0, max_num_seqs=1)
+    run.engine.step()
+    run.submit(0, PROMPT, "own", BOTH, max_tokens=1, n=2)
+    while not run.tokens[0]:
+        run.engine.step()
+        for message in run.engine.take_replies().get("front", []):
+            run.tokens[0] += [t for item in message.items for t in item.token_ids]
+    adapters = run.engine.adapters
+    adapters._life.residency.evict(adapters.records["own"])
+    shutil.rmtree(tmp_path / "adapters" / "own")
+    shutil.copytree(tmp_path / "adapters" / "other", tmp_path / "adapters" / "own")
+    run.run()
+    assert "was changed at its source while this request waited" in run.failed[0]
+    assert not run.returned
 
 
 @pytest.mark.parametrize("successor", ["plain", "other"])

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def test_it_cuts_and_writes_as_a_tokenizer_to_which_they_were_added(kind, make_c
     assert tokenizer.special_ids == base.special_ids | {added.tokens[0].id}
     assert [base.encode(text) for text in TEXTS] == before, "the base's has stayed as it was"
     assert base.piece(added.tokens[0].id, first=True) == b""
+
+
+def test_thousands_of_tokens_take_no_time(tokenizers):
+    """A call of the library for each would take seconds: 0.24 for 1,000, 3.7 for 4,000."""
+    base = tokenizers["byte_level"]
+    first = base._hf.get_vocab_size(with_added_tokens=True)
+    added = AddedTokens.of(AddedToken(first + i, f"<speech {i}>", special=i > 2000) for i in range(4000))
+    began = time.thread_time()
+    tokenizer = base.with_tokens(added)
+    assert time.thread_time() - began < 1.0
+    assert tokenizer.encode("<speech 0><speech 3999>", add_special_tokens=False) == [first, first + 3999]
 
 
 def test_a_number_that_it_would_not_get_is_refused(tokenizers):
@@ -158,6 +171,19 @@ def test_who_leaves_while_it_is_cut_again_leaves_nothing(service, engines, monke
     assert sender.wait().error.code is ErrorCode.CANCELLED
     again = wait_until(lambda: len(engines.heard("Submit")) == 2 and engines.heard("Submit")[1])
     wait_until(lambda: [abort["request_id"] for abort in engines.heard("Abort")] == [again["request_id"]] * 2)
+
+
+def test_who_is_handed_back_while_the_front_end_closes_gets_its_answer(service, engines, monkeypatch):
+    closing = threading.Event()
+    monkeypatch.setattr(service_module, "cut_again", lambda *given: closing.wait(9) and cut_again(*given))
+    sender = send(service, "abc", lora_name="tagged", max_tokens=3)
+    wait_until(lambda: engines.heard("Submit"))
+    closer = threading.Thread(target=service.close)
+    closer.start()
+    wait_until(lambda: service._closing)
+    closing.set()
+    assert sender.wait().error is None
+    closer.join()
 
 
 def test_it_does_not_go_on_for_ever(service, engines):
