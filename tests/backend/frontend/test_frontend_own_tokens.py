@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,16 +173,17 @@ def test_who_leaves_while_it_is_cut_again_leaves_nothing(service, engines, monke
 
 
 def test_who_is_handed_back_while_the_front_end_closes_gets_its_answer(service, engines, monkeypatch):
-    closing = threading.Event()
-    monkeypatch.setattr(service_module, "cut_again", lambda *given: closing.wait(9) and cut_again(*given))
+    hear = service.on_retokenise
+
+    def late(message):
+        wait_until(lambda: service._closing)
+        hear(message)
+
+    monkeypatch.setattr(service, "on_retokenise", late)
     sender = send(service, "abc", lora_name="tagged", max_tokens=3)
     wait_until(lambda: engines.heard("Submit"))
-    closer = threading.Thread(target=service.close)
-    closer.start()
-    wait_until(lambda: service._closing)
-    closing.set()
+    service.close()
     assert sender.wait().error is None
-    closer.join()
 
 
 def test_it_does_not_go_on_for_ever(service, engines):
