@@ -178,6 +178,9 @@ def test_weights_in_several_files_are_those_of_the_index(llama_8b: Path) -> None
         (llama_8b / name).write_bytes((2).to_bytes(8, "little") + b"{}")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
     (llama_8b / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = llama_8b / "model.safetensors"
+    assert on_cuda(llama_8b, 80).stored_weights == whole.stat().st_size, "as transformers has it"
+    whole.unlink()
     assert on_cuda(llama_8b, 80).stored_weights == 20
 
 
