@@ -130,6 +130,16 @@ def test_goodput_is_each_scheduler_s_best(sim: SimpleNamespace):
     assert target.held
 
 
+def test_the_step_loop_counts_by_its_quickest_run(sim: SimpleNamespace):
+    def run(median: float, steps: int = 9) -> dict[str, Any]:
+        return {"multilora": {"full_host_ms": {"p50": median, "p90": 3.0, "p99": 4.0}, "full_steps": steps}}
+
+    medians = {"run 1": run(1.5), "run 2": run(0.7), "run 3": run(0.1, steps=0)}
+    [target] = sim.targets.step_loop({f"512 running of 10000, {name}": each for name, each in medians.items()})
+    assert (target.value, target.held) == (0.7, True)
+    assert target.beside.endswith("of 9 steps with a full batch; medians of all runs 1.50, 0.70, inf ms")
+
+
 def test_a_cost_that_was_not_measured_is_no_pass(sim: SimpleNamespace):
     host = {"p50": 0.0, "p90": 0.0, "p99": 0.0}
     runs = {"512 running of 10000": {"multilora": {"full_host_ms": host, "full_steps": 0}}}
