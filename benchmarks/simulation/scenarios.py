@@ -97,7 +97,7 @@ def platform(scale: float) -> Iterator[Case]:
     yield Case("10000 of six tenants", requests, setup)
 
 
-LOOP_RUNS = 3
+LOOP_RUNS = 5
 """Virtual machines vary: a fixed loop took 184 to 376 ms of CPU where this was written."""
 
 
