@@ -124,7 +124,7 @@ def _play(chosen: Sequence[str], scale: float, processes: int) -> Iterator[tuple
 
 
 def _one_by_one(scenario: str, scale: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each in a new process: one that has simulated before takes 1.4 times as long for a step, its memory is scattered."""
+    """Each in a new process: one that has simulated before has scattered memory, and takes 1.4 times as long."""
     for index, scheduler in _runs(scenario, scale):
         with ProcessPoolExecutor(1) as pool:
             yield pool.submit(play, scenario, index, scheduler, scale).result()
