@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that an adapter adds to the base model's tokenizer: what the engine finds, and the front ends cut text by.
+"""Tokens that an adapter adds to the base model's tokenizer: the engine finds them, front ends tokenise by them.
 
 A tokenizer of the `tokenizers` library is a model (a vocabulary of 128k, 100 MB) and, apart from it, added tokens,
 which are cut out of a text before the model sees the rest. So an adapter's tokenizer shares the base's model: making

@@ -118,8 +118,8 @@ class Sequence:
     """time.monotonic() when the engine received it."""
     max_len: int = 1 << 31
     """Prompt and output tokens at which the sequence ends."""
-    tokens: str = ""
-    """Digest of the added tokens by which the prompt was cut, see `added_tokens`; empty: as the base model's."""
+    tokens_digest: str = ""
+    """Of the `AddedTokens` with which the prompt was tokenised; empty: the base model's tokenizer."""
     ids_below: int = 0
     """One more than the largest token id that the request names, in its prompt or for its sampling."""
     deadline: float = math.inf

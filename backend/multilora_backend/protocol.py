@@ -35,8 +35,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     adapter: str = ""
     priority: int = 0
     tenant: str = ""
-    tokens: str = ""
-    """Digest of the `AddedTokens` by which the prompt was cut."""
+    tokens_digest: str = ""
+    """Of the `AddedTokens` with which the prompt was tokenised."""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -147,7 +147,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Retokenise(msgspec.Struct, tag=True, frozen=True):
-    """The engine does not have the request: its adapter's tokens are these. It is to be submitted again, cut so."""
+    """The engine does not have the request: its adapter's tokens are these. It is to come again, tokenised so."""
 
     request_id: int
     tokens: AddedTokens

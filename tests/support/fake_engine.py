@@ -109,7 +109,7 @@ class FakeEngine:
             if message.adapter == "missing":
                 error = Failed(message.request_id, ErrorCode.NOT_FOUND, "LoRA missing is not supported")
                 self.send(identity, error)
-            elif (tokens := self.tokens_of(message)).digest != message.tokens:
+            elif (tokens := self.tokens_of(message)).digest != message.tokens_digest:
                 self.send(identity, Retokenise(message.request_id, tokens))
             else:
                 for index in range(message.sampling.n):
@@ -128,7 +128,7 @@ class FakeEngine:
 
     def tokens_of(self, message: Submit) -> AddedTokens:
         tokens = msgspec.convert(self.behaviour.get("tokens", []), list[AddedToken])
-        has = message.adapter == "tagged" or (message.adapter == "restless" and not message.tokens)
+        has = message.adapter == "tagged" or (message.adapter == "restless" and not message.tokens_digest)
         return AddedTokens.of(tokens if has else [])
 
     def command(self, identity: bytes, message: AdapterCommand) -> None:

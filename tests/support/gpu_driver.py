@@ -123,6 +123,12 @@ class Driver:
 
     def run(self) -> Driver:
         """Until nothing is left to do. Nothing may fail."""
+        self.settle()
+        assert not self.failed, next(iter(self.failed.values()))
+        return self
+
+    def settle(self) -> None:
+        """Until nothing is left to do."""
         deadline = time.monotonic() + 60
         while True:
             busy = self.step()
@@ -132,8 +138,6 @@ class Driver:
             if not busy:
                 time.sleep(0.001)  # a load is under way
         self.engine.check_idle()
-        assert not self.failed, next(iter(self.failed.values()))
-        return self
 
     def preload(self, names: Iterable[str]) -> Driver:
         """Loads adapters, so that what follows is batched alike however long a load takes."""

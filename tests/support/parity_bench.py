@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,15 +63,7 @@ class ParityBench:
         driver, rows = self.driver.clear(), EveryRow(self.driver, every)
         driver.failed.clear()
         numbers = [driver.submit(prompt, asked, max_tokens=tokens) for asked, prompt in jobs]
-        deadline = time.monotonic() + 60
-        while True:
-            busy = driver.step()
-            if driver.engine.idle:
-                break
-            assert time.monotonic() < deadline, "the engine does not get done"
-            if not busy:
-                time.sleep(0.0005)  # a load is under way
-        driver.engine.check_idle()
+        driver.settle()
         answers = [answer_of(driver.requests[number]) for number in numbers]
         for number, failed in driver.failed.items():
             answers[number].failed = failed.message

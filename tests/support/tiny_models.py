@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -47,6 +49,14 @@ def save_adapter(model: Path, folder: Path, seed: int, **lora) -> Path:
             parameter.data.normal_(0, 0.25)
     adapted.save_pretrained(folder)
     return folder
+
+
+def save_all(root: Path, adapters: Mapping[str, Mapping[str, Any]]) -> Path:
+    """A model, and adapters by name and LoraConfig fields."""
+    save_llama(root / "model")
+    for seed, (name, lora) in enumerate(adapters.items()):
+        save_adapter(root / "model", root / "adapters" / name, seed, **lora)
+    return root
 
 
 def greedy(model: Path, adapter: Path | None, prompt: list[int], count: int) -> list[int]:

@@ -83,7 +83,7 @@ def inspect_folder(folder: Path, inside: Sequence[Path] = ()) -> Inspection:
         config = None
     try:
         _take_weights(found, folder, inside, config)
-    except Exception as error:
+    except Exception as error:  # likewise
         if (reason := reason_of(error)) not in found.reasons:
             found.reasons.append(reason)
     return found

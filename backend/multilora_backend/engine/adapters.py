@@ -98,7 +98,7 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
     for key in polled.failed:
         engine.fail(engine.scheduler.waiting_for(key), ErrorCode.INTERNAL, engine.adapters.reason(key))
     for key in polled.looked_at:
-        _cut_again(engine, engine.scheduler.waiting_for(key), key)
+        _hand_back(engine, engine.scheduler.waiting_for(key), key)
     for key, successor in polled.moved:
         waiting = engine.scheduler.waiting_for(key)
         # What has output cannot go on with other weights: it would be half of one and half of another adapter.
@@ -107,7 +107,7 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
         name = engine.adapters.records[key].title
         message = f"LoRA {name} was changed at its source while this request waited to go on with what it was before"
         engine.fail([s for s in waiting if s.key[:2] in begun], ErrorCode.UNAVAILABLE, message)
-        _cut_again(engine, [sequence for sequence in waiting if not sequence.finished], successor)
+        _hand_back(engine, [sequence for sequence in waiting if not sequence.finished], successor)
         for sequence in waiting:
             if not sequence.finished:
                 engine.adapters.hold(successor)
@@ -115,11 +115,11 @@ def see_to_holders(engine: Engine, polled: Polled) -> None:
                 engine.adapters.drop(key)
 
 
-def _cut_again(engine: Engine, waiting: list[Sequence], key: str) -> None:
+def _hand_back(engine: Engine, waiting: list[Sequence], key: str) -> None:
     """Hands back what came before it was known which tokens the adapter has. Nothing of it can have run with it.
 
     What names tokens that the adapter has not is handed back as well: it is refused when it comes again.
     """
     tokens, known = engine.adapters.tokens(key), engine.adapters.vocabulary(key) or engine.card.vocab_size
-    wrong = [each for each in waiting if each.tokens != tokens.digest or each.ids_below > known]
+    wrong = [each for each in waiting if each.tokens_digest != tokens.digest or each.ids_below > known]
     engine.retokenise(wrong, tokens)

@@ -16,9 +16,11 @@ from multilora_backend.protocol import Retokenise, Submit
 if TYPE_CHECKING:
     from multilora_backend.engine.engine import Engine
 
+ANY_ID = 2**31
+
 
 def admit(engine: Engine, message: Submit) -> str | Retokenise:
-    """The key of the request's adapter, empty for none, or how else the prompt is to be cut.
+    """The key of the request's adapter, empty for none, or how else the prompt is to be tokenised.
 
     Raises MultiloraError if the request cannot be taken in.
     """
@@ -30,11 +32,12 @@ def admit(engine: Engine, message: Submit) -> str | Retokenise:
         limit = engine.config.max_waiting
         raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")
     adapter = engine.adapters.resolve(message.adapter, message.tenant) if message.adapter else ""
-    if (tokens := engine.adapters.tokens(adapter) if adapter else NO_TOKENS).digest != message.tokens:
+    if (tokens := engine.adapters.tokens(adapter) if adapter else NO_TOKENS).digest != message.tokens_digest:
         return Retokenise(message.request_id, tokens)
     known = engine.adapters.vocabulary(adapter) if adapter else 0
-    if not adapter or engine.adapters.looked_at(adapter):  # else it is found out before anything runs
-        _check_ids(message, known or engine.card.vocab_size)
+    # Of an adapter that nobody has looked at it is found out before anything runs.
+    unread = adapter and not engine.adapters.looked_at(adapter)
+    _check_ids(message, ANY_ID if unread else known or engine.card.vocab_size)
     engine.scheduler.check(message.tenant, adapter, message.sampling.n)
     return adapter
 
@@ -70,7 +73,7 @@ def sequences_of(frontend: str, message: Submit, adapter: str, max_model_len: in
             adapter=adapter,
             priority=message.priority,
             tenant=message.tenant,
-            tokens=message.tokens,
+            tokens_digest=message.tokens_digest,
             ids_below=ids_below,
             arrival=time.monotonic(),
             max_len=min(len(prompt) + sampling.max_tokens, max_model_len),

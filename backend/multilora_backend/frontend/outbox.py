@@ -74,8 +74,8 @@ class Delivery:
     """None for a request that was refused."""
     builder: Builder | None = None
     arrival: float = field(default_factory=time.monotonic)
-    cuts: int = 0
-    """How often the prompt was tokenised anew."""
+    retokenised: int = 0
+    """How often."""
     incoming: deque[Output | MultiloraError] = field(default_factory=deque)
     """What the sender thread has not looked at yet. Anybody appends, by `Outbox.push`."""
     queued: bool = False

@@ -64,7 +64,7 @@ class GenerateRequest:
 def parse(
     raw: RawRequest, card: ModelCard, config: Config, tokenizers: Tokenizers
 ) -> tuple[GenerateRequest, Tokenizer]:
-    """And the tokenizer that cut the prompt. Raises MultiloraError; the cheap checks come before that."""
+    """And the tokenizer that was used. Raises MultiloraError; the cheap checks come before that."""
     for name in raw.tensors:
         if name in ("image", "embedding_request"):
             raise MultiloraError(ErrorCode.UNSUPPORTED, f"{name}: is not supported: this model takes and gives text")
@@ -80,7 +80,7 @@ def parse(
     sampling, has_logprobs = _sampling(raw, parameters, options, wanted, config, vocabulary)
     tokenizer = tokenizers.of(routing.adapter)
     text, chat = _text(raw, config, tokenizer)
-    ids = _cut(text, chat, card, tokenizer)
+    ids = _tokenise(text, chat, card, tokenizer)
     request = GenerateRequest(
         prompt_text=text,
         prompt_token_ids=ids,
@@ -98,9 +98,9 @@ def parse(
     return request, tokenizer
 
 
-def cut_again(request: GenerateRequest, card: ModelCard, tokenizer: Tokenizer) -> GenerateRequest:
+def retokenised(request: GenerateRequest, card: ModelCard, tokenizer: Tokenizer) -> GenerateRequest:
     """The request as it would be had this tokenizer been known to be its adapter's. Raises MultiloraError."""
-    ids = _cut(request.prompt_text, request.chat, card, tokenizer)
+    ids = _tokenise(request.prompt_text, request.chat, card, tokenizer)
     sampling = msgspec.structs.replace(request.sampling, max_tokens=request.max_tokens)
     return replace(request, prompt_token_ids=ids, sampling=_fitted(sampling, len(ids), card.max_model_len))
 
@@ -162,7 +162,7 @@ def _text(raw: RawRequest, config: Config, tokenizer: Tokenizer) -> tuple[str, b
     return text, False
 
 
-def _cut(text: str, chat: bool, card: ModelCard, tokenizer: Tokenizer) -> list[int]:
+def _tokenise(text: str, chat: bool, card: ModelCard, tokenizer: Tokenizer) -> list[int]:
     """The prompt's ids."""
     field = "messages" if chat else "text_input"
     limit = f"must have at most {card.max_model_len - 1} tokens (max_model_len less one to generate)"

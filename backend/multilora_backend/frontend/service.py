@@ -24,7 +24,7 @@ from multilora_backend.frontend.link import Link
 from multilora_backend.frontend.listener import Listener
 from multilora_backend.frontend.metrics import Metrics
 from multilora_backend.frontend.outbox import Delivery, Outbox, Outcome, Sender
-from multilora_backend.frontend.request import GenerateRequest, RawRequest, cut_again, parse
+from multilora_backend.frontend.request import GenerateRequest, RawRequest, parse, retokenised
 from multilora_backend.frontend.response import ResponseBuilder
 from multilora_backend.frontend.tokenizer import Tokenizer
 from multilora_backend.frontend.tokenizers import Tokenizers
@@ -36,8 +36,8 @@ INLINE_BYTES = 16 * 1024
 """Longer inputs are tokenised on a pool, so that a 4 MiB prompt (seconds) does not keep others from being accepted."""
 PARSE_THREADS = 2
 DRAIN_S = 5.0
-MAX_CUTS = 4
-"""So often a request is handed back and cut anew: once, unless its adapter is replaced at that moment."""
+MAX_RETOKENISED = 4
+"""So often a request is handed back and tokenised anew: once, unless its adapter is replaced at that moment."""
 
 
 class Service(Listener):
@@ -131,7 +131,7 @@ class Service(Listener):
         self._outbox.watch(delivery)
 
     def _send(self, delivery: Delivery, request: GenerateRequest, tokenizer: Tokenizer) -> None:
-        """To the engine, as `tokenizer` has cut its prompt."""
+        """To the engine, as `tokenizer` has tokenised it."""
         delivery.request, delivery.builder = request, ResponseBuilder(request, tokenizer)
         self._link.submit(
             Submit(
@@ -148,21 +148,21 @@ class Service(Listener):
     def _send_again(self, delivery: Delivery, added: AddedTokens) -> None:
         """The engine has handed a request back, of which it has given nothing out yet."""
         assert self._model_side is not None
-        card, tokenizers = self._model_side
-        request = delivery.request
+        assert delivery.request is not None
+        (card, tokenizers), request = self._model_side, delivery.request
         try:
-            if request is None or delivery.cuts >= MAX_CUTS:
-                why = f"the tokens of LoRA {request.adapter if request else ''} have changed {MAX_CUTS} times meanwhile"
+            if delivery.retokenised >= MAX_RETOKENISED:
+                why = f"the tokens of LoRA {request.adapter} have changed {MAX_RETOKENISED} times meanwhile"
                 raise MultiloraError(ErrorCode.UNAVAILABLE, f"{why}; please retry")
-            delivery.cuts += 1
+            delivery.retokenised += 1
             tokenizer = tokenizers.learn(request.adapter, added)
-            self._send(delivery, cut_again(request, card, tokenizer), tokenizer)
+            self._send(delivery, retokenised(request, card, tokenizer), tokenizer)
             if delivery.request_id not in self._in_flight:  # cancelled meanwhile, when the engine did not have it
                 self._link.abort(delivery.request_id)
         except MultiloraError as error:
             self._fail(delivery.request_id, error)
         except Exception as error:  # as in _accept
-            log.exception("request %d could not be cut again", delivery.request_id)
+            log.exception("request %d could not be tokenised anew", delivery.request_id)
             self._fail(
                 delivery.request_id, MultiloraError(ErrorCode.INTERNAL, f"the request could not be read: {error}")
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base model's tokenizer, and those of adapters that have tokens of their own.
 
-Adapters are the engine's: a front end learns an adapter's tokens when the engine hands a request back that was cut by
-others, and takes them for the adapter's until it hears otherwise. So only an adapter's first request is cut twice.
+Adapters are the engine's: a front end learns an adapter's tokens when the engine hands a request back that was
+tokenised by others, and takes them for the adapter's until it hears otherwise. So only the first one is done twice.
 """
 
 from __future__ import annotations

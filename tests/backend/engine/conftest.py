@@ -25,11 +25,7 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny_models.save_llama(root / "model")
-    for seed, (name, lora) in enumerate(ADAPTERS.items()):
-        tiny_models.save_adapter(root / "model", root / "adapters" / name, seed, **lora)
-    return root
+    return tiny_models.save_all(tmp_path_factory.mktemp("tiny"), ADAPTERS)
 
 
 @pytest.fixture(scope="module")

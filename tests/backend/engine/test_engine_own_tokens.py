@@ -70,7 +70,7 @@ class Bench:
 
     def submit(self, number: int, prompt: list[int], adapter: str, tokens: AddedTokens, **sampling: object) -> None:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": COUNT, "ignore_eos": True, **sampling})
-        self.engine.submit("front", Submit(number, prompt, params, adapter, tokens=tokens.digest))
+        self.engine.submit("front", Submit(number, prompt, params, adapter, tokens_digest=tokens.digest))
 
     def run(self) -> None:
         deadline = time.monotonic() + 60
@@ -87,7 +87,7 @@ class Bench:
                 break
             assert time.monotonic() < deadline
             if not busy:
-                time.sleep(0.002)
+                time.sleep(0.002)  # a load is under way
         self.engine.check_idle()
 
 

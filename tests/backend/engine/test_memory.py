@@ -71,7 +71,7 @@ def test_memory_is_pinned_before_the_manager_has_any_and_on_cuda_only(
         model = SimpleNamespace(device=torch.device(device), sites=[], dtype=torch.float32, module=None)
         monkeypatch.setattr(adapters, "base_model", lambda *_: None)
         with pytest.raises(Stopped):
-            adapters.create_adapters(config, model, lambda: None)  # type: ignore[arg-type]
+            adapters.create_adapters(config, model, lambda: None)  # type: ignore[arg-type]  # of a model it needs this
     assert asked == [700 + (6 + TRANSFERS) * 1000]
 
 

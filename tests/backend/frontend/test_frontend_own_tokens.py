@@ -19,7 +19,7 @@ from multilora_backend.added_tokens import NO_TOKENS, AddedToken, AddedTokens
 from multilora_backend.errors import ErrorCode, MultiloraError
 from multilora_backend.frontend import service as service_module
 from multilora_backend.frontend import tokenizers as tokenizers_module
-from multilora_backend.frontend.request import RawRequest, cut_again
+from multilora_backend.frontend.request import RawRequest, retokenised
 from multilora_backend.frontend.service import Service
 from multilora_backend.frontend.tokenizers import Tokenizers
 
@@ -126,7 +126,7 @@ def send(service: Service, text: str, **parameters: object) -> FakeSender:
     return sender
 
 
-def test_a_prompt_is_cut_again_once(service, engines, tokenizers):
+def test_a_prompt_is_retokenised_once(service, engines, tokenizers):
     """The fake engine says the prompt's tokens: so they were cut, numbered and written by the adapter's tokenizer."""
     base = tokenizers["byte_level"]
     text = "the<own>fox<call>"
@@ -147,7 +147,7 @@ def test_a_prompt_is_cut_again_once(service, engines, tokenizers):
     wait_until(lambda: not service._in_flight)
 
 
-def test_a_chat_is_cut_again_as_one(service, engines, tokenizers):
+def test_a_chat_is_retokenised_as_one(service, engines, tokenizers):
     """The template has written the special tokens."""
     messages = b'[{"role": "user", "content": "<own>"}]'
     sender = FakeSender()
@@ -159,13 +159,13 @@ def test_a_chat_is_cut_again_as_one(service, engines, tokenizers):
     assert engines.heard("Submit")[-1]["prompt_token_ids"] == tokenizer.encode("<s>user: <own></s>bot:", False)
 
 
-def test_who_leaves_while_it_is_cut_again_leaves_nothing(service, engines, monkeypatch):
+def test_who_leaves_while_it_is_retokenised_leaves_nothing(service, engines, monkeypatch):
     def slowly(*arguments):
         sender.cancelled = True
         wait_until(lambda: not service._in_flight)
-        return cut_again(*arguments)
+        return retokenised(*arguments)
 
-    monkeypatch.setattr(service_module, "cut_again", slowly)
+    monkeypatch.setattr(service_module, "retokenised", slowly)
     sender = send(service, "abc", lora_name="tagged", max_tokens=60)
     assert sender.wait().error.code is ErrorCode.CANCELLED
     again = wait_until(lambda: len(engines.heard("Submit")) == 2 and engines.heard("Submit")[1])
