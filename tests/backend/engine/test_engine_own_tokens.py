@@ -141,6 +141,17 @@ def test_ids_are_judged_by_what_the_adapter_knows(bench):
                 run.failed.clear()
 
 
+def test_no_id_is_negative(bench, monkeypatch):
+    """Whether anybody has looked at the adapter or not: what indexes by it would take the last token for it."""
+    monkeypatch.setattr(AdapterManager, "check_all", lambda manager, wait_s: None)
+    run = bench()
+    for number, adapter in enumerate(["", "own"]):
+        run.submit(number, [5, -1], adapter, NO_TOKENS)
+    run.run()
+    assert all(message.startswith("text_input: token ids must be") for message in run.failed.values())
+    assert sorted(run.failed) == [0, 1]
+
+
 def test_what_is_not_known_yet_is_found_out_before_it_runs(bench, said, monkeypatch):
     """As with an adapter that must be downloaded: nobody has looked at it when its first requests come."""
     monkeypatch.setattr(AdapterManager, "check_all", lambda manager, wait_s: None)
