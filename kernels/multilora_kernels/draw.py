@@ -5,6 +5,8 @@ The noise of a token is a function of (seed, index, token id) and of nothing els
 2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed as its key and (token id // 4, index, 0, 0) as its
 counter; word token id % 4 of the result is the token's. So neither the batch nor the launch grid nor the device can
 change what a seed draws; only the rounding of logits and logarithms differs between a CPU and a GPU.
+
+Where no row of a batch draws, `draw_greedy` takes the argmax by the same kernels, without noise and its parameters.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multilora_kernels._triton import jit, tl, triton, use_kernel
+from multilora_kernels._triton import jit, row_stride, tl, triton, use_kernel
 
 # Not tuned on a GPU yet. Ten Philox rounds for four tokens are about 30 integer instructions a token, more than the
 # memory needs for a bf16 logit, so a row is cut into parts that keep every SM busy even at batch 1.
 BLOCK = 4096
 NUM_WARPS = 8
+# Without noise only the memory counts: two 16-byte loads of bf16 a thread. Chosen by that count, not measured yet.
+GREEDY_BLOCK = 4096
+GREEDY_NUM_WARPS = 8
 
 SMALL_W = 1 / 64
 """Below it -log(1 - w) is its Taylor series, since 1 - w would lose the bits that decide who wins."""
@@ -42,21 +47,22 @@ def _gumbel(bits):
 def _draw_kernel(
     logits, temperature, seed, index, floor, last, best, best_token,
     stride, vocab, parts,
-    TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(1), tl.program_id(0)
     token = part * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
-    if TRUNCATED:
+    if floor is not None:
         row_floor, row_last = tl.load(floor + row), tl.load(last + row)
         x = tl.where((x > row_floor) | ((x == row_floor) & (token <= row_last)), x, float("-inf"))
-    t = tl.load(temperature + row)
-    if t > 0:
-        group = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        w0, w1, w2, w3 = philox_words(tl.load(seed + row), tl.load(index + row), group.to(tl.uint32))
-        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
-        x = x / t + _gumbel(bits)
+    if temperature is not None:
+        t = tl.load(temperature + row)
+        if t > 0:
+            group = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            w0, w1, w2, w3 = philox_words(tl.load(seed + row), tl.load(index + row), group.to(tl.uint32))
+            bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+            x = x / t + _gumbel(bits)
     value, at = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best + row * parts + part, value)
     tl.store(best_token + row * parts + part, part * BLOCK + at)
@@ -68,6 +74,33 @@ def _pick_kernel(best, best_token, out, parts, PARTS: tl.constexpr):
     values = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))
     _, at = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(out + row, tl.load(best_token + row * parts + at))
+
+
+def _launch(
+    logits: Tensor,
+    temperature: Tensor | None,
+    seed: Tensor | None,
+    index: Tensor | None,
+    kept: tuple[Tensor, Tensor] | None,
+    block: int,
+    num_warps: int,
+) -> Tensor:
+    stride = row_stride("draw", "logits", logits, logits.dtype)
+    batch, vocab = logits.shape
+    out = torch.empty(batch, dtype=torch.int32, device=logits.device)
+    if batch == 0:
+        return out
+    parts = triton.cdiv(vocab, block)
+    best = torch.empty(batch, parts, dtype=torch.float32, device=logits.device)
+    best_token = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+    floor, last = kept if kept is not None else (None, None)
+    _draw_kernel[(parts, batch)](
+        logits, temperature, seed, index, floor, last, best, best_token,
+        stride, vocab, parts,
+        BLOCK=block, num_warps=num_warps,
+    )  # fmt: skip
+    _pick_kernel[(batch,)](best, best_token, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    return out
 
 
 def draw(
@@ -86,24 +119,32 @@ def draw(
         index: int32 [B], which token of its sequence the row draws: every index has its own noise.
         kept: (floor fp32 [B], last int32 [B]) from `truncate`: only logits above floor, and those equal to it with a
             token id up to last, can be drawn.
+
+    Raises:
+        ValueError: rows of the logits are not dense, on a device where kernels run.
     """
     if not use_kernel(logits):
         return draw_reference(logits, temperature, seed, index, kept)
-    batch, vocab = logits.shape
-    parts = triton.cdiv(vocab, BLOCK)
-    best = torch.empty(batch, parts, dtype=torch.float32, device=logits.device)
-    best_token = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
-    out = torch.empty(batch, dtype=torch.int32, device=logits.device)
-    if batch == 0:
-        return out
-    floor, last = kept if kept is not None else (temperature, index)
-    _draw_kernel[(parts, batch)](
-        logits, temperature, seed, index, floor, last, best, best_token,
-        logits.stride(0), vocab, parts,
-        TRUNCATED=kept is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    _pick_kernel[(batch,)](best, best_token, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
-    return out
+    return _launch(logits, temperature, seed, index, kept, BLOCK, NUM_WARPS)
+
+
+def draw_greedy(logits: Tensor) -> Tensor:
+    """What `draw` gives where every temperature is 0: int32 [B], the same ids for equal values and for NaN.
+
+    Args:
+        logits: [B, V] of any float dtype; rows may be strided.
+
+    Raises:
+        ValueError: as of `draw`.
+    """
+    if not use_kernel(logits):
+        return draw_greedy_reference(logits)
+    return _launch(logits, None, None, None, None, GREEDY_BLOCK, GREEDY_NUM_WARPS)
+
+
+def draw_greedy_reference(logits: Tensor) -> Tensor:
+    """What draw_greedy computes, in torch, whose argmax alone would take NaN for the largest value."""
+    return logits.masked_fill(logits.isnan(), -torch.inf).argmax(-1).to(torch.int32)
 
 
 def draw_reference(

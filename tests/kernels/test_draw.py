@@ -211,12 +211,13 @@ POINTERS = {
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
-        (_draw_kernel, {"TRUNCATED": True, "BLOCK": 4096}),
-        (_draw_kernel, {"TRUNCATED": False, "BLOCK": 4096}),
+        (_draw_kernel, {"BLOCK": 4096}),
+        (_draw_kernel, {"BLOCK": 4096, **dict.fromkeys(["floor", "last"])}),
+        (_draw_kernel, {"BLOCK": 4096, **dict.fromkeys(["floor", "last", "temperature", "seed", "index"])}),
         (_pick_kernel, {"PARTS": 32}),
         (_truncate_kernel, {"BLOCK": 4096}),
     ],
-    ids=["draw_truncated", "draw", "pick", "truncate"],
+    ids=["draw_truncated", "draw", "draw_greedy", "pick", "truncate"],
 )
 def test_kernels_compile_for_hopper_without_atomics(kernel: Any, constants: dict[str, Any]):
     from triton.backends.compiler import GPUTarget
@@ -231,5 +232,7 @@ def test_kernels_compile_for_hopper_without_atomics(kernel: Any, constants: dict
     )
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert not re.search(r"\b(atom|red)\.", ptx), "no atomics: results must not depend on scheduling"
+    if kernel is _draw_kernel:
+        assert ("mul.hi.u32" in ptx) == ("seed" not in constants), "Philox, and no trace of it without noise"
     if "logits" in names:
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), "logits are read 16 bytes at a time"

@@ -204,10 +204,10 @@ class StandIn:
             assert (0 if segments is None else segments.plan.num_tiles) == graph.tiles
             assert segments is None or len(segments.order) == graph.rows
         graph.logits.fill_(torch.nan)
-        graph.logits.copy_(run_eagerly(self._runner, graph))
+        run_eagerly(self._runner, graph, graph.logits)
 
 
-def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph) -> Tensor:
+def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph, out: Tensor | None = None) -> Tensor:
     """The logits of a graph's rows or samples, by the kernels that it launches at replay."""
     lora = runner._lora
     if isinstance(lora, Bordered) and graph.tier and lora._segments is not None:  # what is fixed in a capture
@@ -217,8 +217,8 @@ def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph) -> Tensor
         plan = replace(lora._segments.plan, rank_block=base.rank_block)
         lora._segments = replace(lora._segments, plan=plan)
     if isinstance(graph, PromptGraph):
-        return runner.forward(runner._attention, graph.rows, graph.samples)
-    return runner.forward(graph.attention, graph.rows, None)
+        return runner.forward(runner._attention, graph.rows, graph.samples, out=out)
+    return runner.forward(graph.attention, graph.rows, None, out=out)
 
 
 def stand_in_for_graphs(runner: ModelRunner, max_rows: int, max_slots: int) -> None:

@@ -42,13 +42,14 @@ class StepLab:
         made.pages = [next(self._pages) for _ in range(-(-len(tokens) // self.page))]
         return made
 
-    def logits(self, *spans: tuple[Sequence, int, int]) -> torch.Tensor:
-        """[T, vocabulary] of a step of (sequence, start, count)."""
+    def logits(self, *spans: tuple[Sequence, int, int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, vocabulary] of a step of (sequence, start, count); in `out` if it is given."""
         runner = self.engine.runner
         batch = Batch.from_plan(StepPlan(tuple(Slot(*span, True) for span in spans)), self.page)
         with torch.inference_mode():
             runner._enter(batch, runner._lora.plan(batch), runner._attention)
-            return runner.forward(runner._attention, batch.num_rows, None).clone()
+            logits = runner.forward(runner._attention, batch.num_rows, None, out=out)
+        return logits.clone() if out is None else logits
 
     def greedy(self, jobs: Rows[tuple[str, list[int]]], count: int) -> list[list[int]]:
         """Output tokens of (adapter, prompt), all of them submitted at once."""

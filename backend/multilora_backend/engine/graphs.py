@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 class Forward(Protocol):
     def __call__(
-        self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
+        self,
+        attention: AttentionBackend,
+        rows: int,
+        samples: int | None,
+        query: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Logits of the step in `StepInputs`, see `ModelRunner.forward`."""
         ...
@@ -125,14 +130,15 @@ class DecodeGraphs:
         self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
         attention.plan(batch)
         self._inputs.planned()
+        logits = self._logits[:rows]
         # Kernels are compiled and loaded outside of the capture, where that is allowed; sizes that are multiples of 16
         # share their variants.
         if rows <= 16 or not self._graphs.get(tier):
-            self._forward(attention, rows, None)
+            self._forward(attention, rows, None, out=logits)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            # Copied out: a result that is kept alive in the pool could not share its memory with other graphs' results.
-            self._logits[:rows].copy_(self._forward(attention, rows, None))
+            # Not in the pool: a result that is kept alive there could not share its memory with other graphs' results.
+            self._forward(attention, rows, None, out=logits)
         tiles = 0 if step.segments is None else step.segments.num_tiles
-        return DecodeGraph(rows, tier, tiles, attention, self._logits[:rows], graph)
+        return DecodeGraph(rows, tier, tiles, attention, logits, graph)

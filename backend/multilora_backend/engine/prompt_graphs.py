@@ -162,6 +162,6 @@ class PromptGraphs:
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             recorder.begin()
-            graph.logits.copy_(self._forward(recorder, rows, samples, query))
+            self._forward(recorder, rows, samples, query, graph.logits)
             recorder.end()
         return graph

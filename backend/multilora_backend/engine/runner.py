@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from multilora_backend.config import Config
 from multilora_backend.core import PageMove, Slot, StepPlan
@@ -127,11 +128,17 @@ class ModelRunner:
             self._host_pages.move(moves)
 
     def forward(
-        self, attention: AttentionBackend, rows: int, samples: int | None, query: Tensor | None = None
+        self,
+        attention: AttentionBackend,
+        rows: int,
+        samples: int | None,
+        query: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Logits `[samples, vocab]` of the step in the inputs; of every row in order if `samples` is None.
 
-        They have more columns than the model has tokens if an adapter of the step has more.
+        They are in `out` if that is given, for a step whose adapters have no extras; otherwise they have more columns
+        than the model has tokens if an adapter of the step has more.
         """
         device = self._inputs.device
         sources = device("sources", rows)
@@ -140,7 +147,7 @@ class ModelRunner:
         if samples is not None:
             # A step of prompt chunks alone samples nothing, but transformers wants one row for the head.
             keep = device("sample_rows", max(samples, 1)).long()
-        step = context.StepContext(attention, self._lora, device("write_slots", rows), query)
+        step = context.StepContext(attention, self._lora, device("write_slots", rows), query, out)
         with context.step(step):
             logits: Tensor = self._model.module(
                 input_ids=token_ids[None],
@@ -150,16 +157,18 @@ class ModelRunner:
             ).logits[0]
         # Behind the model's own last steps, such as a softcap, which leave no infinity.
         self._lora.extras.bound(logits, self._model.config.vocab_size)
-        return logits
+        if out is None or logits.is_set_to(out):
+            return logits
+        return out.copy_(logits)  # the model's last steps made new tensors
 
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> None:
         """Runs every variant of the kernels that an eager step may need, so that no request waits for a compiler."""
+        everything = self._lora.extras.everything()
         for rows in sorted({min(n, max_rows) for n in (1, 17, 1040, 4112, max_rows)}):
             steps = [LoraStep()]
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
-                everything = self._lora.extras.everything()
                 if everything is not None:
                     steps += [replace(step, extras=everything) for step in steps[1:]]
                 if any(site.experts for site in self._model.sites):
@@ -167,6 +176,9 @@ class ModelRunner:
             for step in steps:
                 logits = self._run_idle(rows, step)
         self.sampler.warm_up(logits)
+        if everything is not None:
+            # An adapter may know more tokens than the model: rows that begin anywhere take kernels of their own.
+            self.sampler.warm_up(F.pad(logits, (0, 1)))
 
     def _run_idle(self, rows: int, step: LoraStep) -> Tensor:
         """A step of one slot whose pages are all the trash page."""

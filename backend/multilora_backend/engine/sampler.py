@@ -20,7 +20,7 @@ from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.engine.penalties import Penalties
 from multilora_backend.engine.staging import Copies, Staging
 from multilora_backend.protocol import TokenLogprob
-from multilora_kernels.draw import draw
+from multilora_kernels.draw import draw, draw_greedy
 from multilora_kernels.truncate import truncate
 
 GREEDY_BELOW = 1e-5
@@ -78,9 +78,14 @@ class Sampler:
     def warm_up(self, logits: Tensor) -> None:
         """Compiles every kernel that a request could wait for; `logits` [B, vocab] as the model makes them."""
         for bias in (None, {0: 1.0}):  # adjusted logits are fp32 with dense rows, which takes kernels of their own
-            for top_p in (1.0, 0.5):
-                penalty = 0.5 if bias else 0.0
-                sampling = SamplingParams(logprobs=1, top_p=top_p, logit_bias=bias, presence_penalty=penalty)
+            for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5)):
+                sampling = SamplingParams(
+                    temperature=temperature,
+                    top_p=top_p,
+                    logprobs=1,
+                    logit_bias=bias,
+                    presence_penalty=0.5 if bias else 0.0,
+                )
                 sequences = [Sequence(("warm-up", 0, row), 1, [0], sampling, 0) for row in range(len(logits))]
                 self.launch(logits, sequences).result()
                 for sequence in sequences:
@@ -126,7 +131,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, wants: _Wants, given: dict[str, Tensor]) -> Tensor:
         if not wants.noise:
-            return logits.argmax(-1).to(torch.int32)
+            return draw_greedy(logits)
         kept = None
         if wants.truncation:
             kept = truncate(logits, given["temperature"], given["top_k"], given["top_p"], given["min_p"])

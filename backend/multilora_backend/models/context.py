@@ -29,6 +29,8 @@ class StepContext:
     """int32 [T]: where the K and V of each row go, page * page_size + offset."""
     query: Tensor | None = None
     """`[T, heads, head_dim]` for the queries of every layer, if they must lie at a fixed address."""
+    logits: Tensor | None = None
+    """`[samples, vocab]` for the head's result, if it must lie at a fixed address. The model may change it later on."""
     residual: Tensor | None = field(default=None, init=False)
     """The residual stream `[T, hidden]` between two layers: a layer hands on the normed hidden states."""
 

@@ -70,9 +70,11 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, B, hidden] -> [1, B, vocabulary], as wide as the largest of the step's adapters' vocabularies."""
-        tables, logits = context.current().lora.extras.head(), self.base(x)
+        step = context.current()
+        tables = step.lora.extras.head()
         if tables is None:
-            return logits
+            return self.base(x) if step.logits is None else self._into(step.logits, x)
+        logits = self.base(x)
         widths = [len(table.weight) for _, table in tables if table.weight is not None]
         more = max([0, *(width - logits.shape[-1] for width in widths)])
         logits = F.pad(logits, (0, more)) if more else logits
@@ -80,6 +82,21 @@ class Head(nn.Module):
             own = self._of(x[0, rows], logits[0, rows], table)
             logits[0, rows, : own.shape[1]] = own
         return logits
+
+    def _into(self, out: Tensor, x: Tensor) -> Tensor:
+        """The base head's result, the same product bit for bit, in `out` [B, vocabulary]; returns [1, B, vocabulary].
+
+        Raises:
+            ValueError: `out` has another shape. torch would give it a new one, and its memory would stay as it was.
+        """
+        weight, bias = self.base.weight, self.base.bias
+        if out.shape != (x.shape[1], len(weight)):
+            raise ValueError(f"logits must be {[x.shape[1], len(weight)]}, got {list(out.shape)}")
+        if bias is None:
+            torch.mm(x[0], weight.t(), out=out)
+        else:
+            torch.addmm(bias, x[0], weight.t(), out=out)
+        return out[None]
 
     def _of(self, x: Tensor, logits: Tensor, table: Table) -> Tensor:
         """x [n, hidden] of one adapter's rows; logits [n, vocabulary or more] are the base model's."""

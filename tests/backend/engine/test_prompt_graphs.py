@@ -34,7 +34,7 @@ class EagerPromptGraph(PromptGraph):
         lora = self.runner._lora
         if lora._segments is not None:  # a captured kernel has these two of the graph and not of the step
             assert (lora._segments.plan.num_tiles, lora._h_ranks) == (self.tiles, self.tier)
-        self.logits.copy_(self.runner.forward(attention, self.rows, self.samples, query))
+        self.runner.forward(attention, self.rows, self.samples, query, self.logits)
         EagerPromptGraph.replays += 1
 
 

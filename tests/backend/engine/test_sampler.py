@@ -42,6 +42,15 @@ def test_temperature_zero_is_greedy():
     assert tokens(LOGITS, seq(temperature=0.0), seq(temperature=0.0, seed=9)) == [0, 0]
 
 
+def test_greedy_rows_are_the_same_whoever_is_with_them():
+    logits = torch.tensor([[0.0, 4.0, 4.0, 1.0], [math.nan, -math.inf, 2.0, 1.0], [math.nan] * 4])
+    greedy = [seq(temperature=0.0) for _ in logits]
+    assert [s.token_id for s in sampler(4).launch(logits, greedy).result()] == [1, 2, 0], "NaN is nobody's choice"
+    for other in (seq(seed=1), seq(seed=1, top_p=0.5), seq(temperature=0.0, logit_bias={0: 1.0})):
+        mixed = sampler(4).launch(torch.cat([logits, logits[:1]]), [*greedy, other]).result()
+        assert [s.token_id for s in mixed[:3]] == [1, 2, 0]
+
+
 def test_draws_follow_the_softmax():
     assert_distribution(frequencies(), P)
 

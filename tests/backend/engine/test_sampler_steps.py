@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from multilora_backend.core import Sequence
+from multilora_backend.engine import sampler as module
 from multilora_backend.engine.sampler import sample
 from sampling import EOS, LOGITS, everything, sampler, seq
 
@@ -109,6 +112,35 @@ def test_counts_outlive_the_arrival_of_more_sequences():
         sequence.token_ids.append(-1)
     more = [*first, *(seq(temperature=0.0, presence_penalty=2.0, output=[1, 2]) for _ in range(30))]
     assert [s.token_id for s in one.launch(logits.expand(33, -1), more).result()] == [2] * 3 + [3] * 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_warm_up_meets_every_variant_of_the_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    names, met = ("draw", "draw_greedy", "truncate"), set()
+
+    def noting(name: str, function: Callable) -> Callable:
+        def called(logits: torch.Tensor, *given: Any) -> Any:
+            truncated = name == "draw" and given[-1] is not None
+            met.add((name, logits.dtype, logits.stride(), truncated))
+            return function(logits, *given)
+
+        return called
+
+    for name in names:
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    vocab = 41
+    logits = torch.randn(1, vocab).to(dtype)
+    sampler(vocab).warm_up(logits)
+    warm, sequences = met.copy(), everything()
+    greedy = [s for s in sequences if s.sampling.temperature == 0]
+    adjusted = [s for s in sequences if s.sampling.logit_bias or s.sampling.presence_penalty]
+    plain = [s for s in sequences if s not in adjusted and s.sampling.repetition_penalty == 1]
+    for some in (sequences, greedy, adjusted, plain, *([one] for one in sequences)):
+        sampler(vocab).launch(logits.expand(len(some), -1).contiguous(), some).result()
+    assert met == warm
+    assert {(name, kind) for name, kind, *_ in met} == {
+        (name, kind) for name in names for kind in (dtype, torch.float32)
+    }
 
 
 def test_logits_of_the_wrong_shape_are_refused():
