@@ -18,18 +18,26 @@ from multilora_kernels.rope import rope_write, rope_write_reference
 from multilora_kernels.routed import routed_segments, routed_segments_reference
 from multilora_kernels.row_affine import Affine, row_affine, row_affine_reference
 from multilora_kernels.segments import (
+    ANY_RANKS,
+    FEW_RANKS,
     NO_ADAPTER,
+    ROW_STEPS,
     SegmentPlan,
     Segments,
     block_m_for,
+    max_packed,
     max_tiles,
     padded_rank,
     plan_segments,
     rank_block_for,
+    row_step,
 )
 
 __all__ = [
+    "ANY_RANKS",
+    "FEW_RANKS",
     "NO_ADAPTER",
+    "ROW_STEPS",
     "Affine",
     "CopyTable",
     "Delta",
@@ -46,6 +54,7 @@ __all__ = [
     "grouped_expand_reference",
     "grouped_shrink",
     "grouped_shrink_reference",
+    "max_packed",
     "max_tiles",
     "padded_rank",
     "plan_segments",
@@ -56,4 +65,5 @@ __all__ = [
     "routed_segments_reference",
     "row_affine",
     "row_affine_reference",
+    "row_step",
 ]

@@ -15,7 +15,8 @@ from torch.compiler import is_compiling
 from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand_reference, load_b, load_h
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS
+from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS, rank_passes
+from multilora_kernels.tiles import load_tokens
 
 # Without LoRA a thread has one 16-byte load of gate and one of up in flight. BLOCK_N 512 to 2,048 and 2 to 8 warps are
 # within noise: 6.8 us for 256 tokens of Llama-3.1-8B, 44.5 for 2,048 (H200, cold L2, 2026-11-27).
@@ -28,15 +29,22 @@ BLOCK_N_DELTA, NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 128, 4, 8
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. Most ranks are one block, which leaves nothing to pipeline.
 NUM_STAGES = 1
+# At ranks of 30, of 8 to 64, and of 64 alone (H200, 2026-11-27) 256 rows take 16.8, 17.7 and 18.2 us, with (32, 32)
+# 18.5, 19.4 and 20.0; a row of rank 64 4.9 for 6.9; 2,048 rows of the first two 82.7 and 81.3, with (32, 16) 77.7 and
+# 88.2.
+PASSES = ((32, 32), (16, 16), (16, 16))
+# Few ranks in 16 bits and BLOCK_M 16 need no more. Without the limit ptxas, which then uses as many, waits for the
+# first part of B before it has asked for gate and up.
+MAX_REGISTERS = 56
 KINDS = ("silu", "gelu_tanh")
 
 
 @jit
 def _activation_kernel(
-    gate_up, out, h, b, order, tiles,
+    gate_up, out, h, b, rows, tiles,
     width, stride_gate_up, stride_h, stride_b,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
+    MORE_R: tl.constexpr, TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -47,18 +55,13 @@ def _activation_kernel(
     else:
         tile = tiles + TILE_FIELDS * tl.program_id(1)
         first_row, end_row, rank_start, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+        token = load_tokens(rows, BLOCK_M)
         if first_row == end_row:
             return
         # Both are whole pages: the hint makes the loads of h vectors.
         h_start = tl.multiple_of(tl.load(tile + 4), RANK_PAGE)
         h_stride = tl.multiple_of(tl.load(tile + 5), RANK_PAGE)
-        row = first_row + tl.arange(0, BLOCK_M)
-        row_ok = row < end_row
-        # B is asked for while the rows' tokens, which all else waits for, are on their way.
-        r = tl.arange(0, BLOCK_R)
-        b_at = b + rank_start.to(tl.int64) * stride_b + n[None, :]
-        gate_b, up_b = load_b(b_at, r, rank, stride_b, n_ok), load_b(b_at + width, r, rank, stride_b, n_ok)
-        token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
+        row_ok = token >= 0
         ok = row_ok[:, None] & n_ok[None, :]
 
     gate_at = gate_up + token[:, None] * stride_gate_up + n[None, :]
@@ -66,6 +69,9 @@ def _activation_kernel(
     gate = tl.load(gate_at, mask=ok, other=0.0)
     up = tl.load(gate_at + width, mask=ok, other=0.0)
     if tiles is not None:
+        r = tl.arange(0, BLOCK_R)
+        b_at = b + rank_start.to(tl.int64) * stride_b + n[None, :]
+        gate_b, up_b = load_b(b_at, r, rank, stride_b, n_ok), load_b(b_at + width, r, rank, stride_b, n_ok)
         h_rows = h + token[:, None] * stride_h + h_start * 2
         gate_h, up_h = load_h(h_rows, r, rank, row_ok, RANK_PAGE), load_h(h_rows + h_stride, r, rank, row_ok, RANK_PAGE)
     gate, up = gate.to(tl.float32), up.to(tl.float32)
@@ -74,13 +80,15 @@ def _activation_kernel(
         if rank > 0:
             gate = tl.dot(gate_h, gate_b, gate, input_precision="ieee")
             up = tl.dot(up_h, up_b, up, input_precision="ieee")
-            for first_r in range(BLOCK_R, rank, BLOCK_R):
-                r = first_r + tl.arange(0, BLOCK_R)
-                gate_b, up_b = load_b(b_at, r, rank, stride_b, n_ok), load_b(b_at + width, r, rank, stride_b, n_ok)
-                gate_h = load_h(h_rows, r, rank, row_ok, RANK_PAGE)
-                up_h = load_h(h_rows + h_stride, r, rank, row_ok, RANK_PAGE)
-                gate = tl.dot(gate_h, gate_b, gate, input_precision="ieee")
-                up = tl.dot(up_h, up_b, up, input_precision="ieee")
+            if MORE_R > 0:
+                for first_r in range(BLOCK_R, rank, MORE_R):
+                    more = first_r + tl.arange(0, MORE_R)
+                    gate_b_more = load_b(b_at, more, rank, stride_b, n_ok)
+                    up_b_more = load_b(b_at + width, more, rank, stride_b, n_ok)
+                    gate_h_more = load_h(h_rows, more, rank, row_ok, RANK_PAGE)
+                    up_h_more = load_h(h_rows + h_stride, more, rank, row_ok, RANK_PAGE)
+                    gate = tl.dot(gate_h_more, gate_b_more, gate, input_precision="ieee")
+                    up = tl.dot(up_h_more, up_b_more, up, input_precision="ieee")
         gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
 
     # Both are gate * sigmoid(z), for (1 + tanh(z / 2)) / 2 is sigmoid(z).
@@ -100,40 +108,44 @@ def _launch(
     kind: str,
     h: Tensor | None,
     b: Tensor | None,
-    order: Tensor | None,
+    rows: Tensor | None,
     tiles: Tensor | None,
     block_m: int,
     rank_block: int,
 ) -> Tensor:
-    rows, columns = gate_up.shape
+    num_rows, columns = gate_up.shape
     width = columns // 2
     dtype = gate_up.dtype
-    out = gate_up.new_empty((rows, width))
-    if rows == 0:
+    out = gate_up.new_empty((num_rows, width))
+    if num_rows == 0:
         return out
     stride_gate_up = row_stride("gated_activation", "gate_up", gate_up, dtype)
     if h is None or b is None or tiles is None:
-        stride_h, stride_b, parts = 0, 0, rows
-        block_n, num_warps = BLOCK_N, NUM_WARPS
+        stride_h, stride_b, parts = 0, 0, num_rows
+        block_n, num_warps, block_r, more_r, registers = BLOCK_N, NUM_WARPS, 1, 0, None
     else:
         stride_h = row_stride("gated_activation", "h", h, dtype)
         stride_b = row_stride("gated_activation", "b", b, dtype)
         parts = tiles.shape[0]
+        block_r, more_r = rank_passes(rank_block, num_rows, PASSES)
         large = block_m >= LARGE_BLOCK_M
         block_n, num_warps = BLOCK_N_DELTA, NUM_WARPS_LARGE_M if large else NUM_WARPS_SMALL_M
+        small = block_m == 16 and block_r == 16 and not more_r and dtype.itemsize == 2
+        registers = MAX_REGISTERS if small else None
     # Without fused multiply-add: two forms of the kernel and torch's separate operators then agree in float32 too.
     _activation_kernel[(-(-width // block_n), parts)](
-        gate_up, out, h, b, order, tiles,
+        gate_up, out, h, b, rows, tiles,
         width, stride_gate_up, stride_h, stride_b,
-        KIND=kind, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=rank_block, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
+        KIND=kind, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
+        MORE_R=more_r, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
+        num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False, maxnreg=registers,
     )  # fmt: skip
     return out
 
 
 torch.library.define(
     "multilora::gated_activation",
-    "(Tensor gate_up, str kind, Tensor? h, Tensor? b, Tensor? order, Tensor? tiles, int block_m, int rank_block)"
+    "(Tensor gate_up, str kind, Tensor? h, Tensor? b, Tensor? rows, Tensor? tiles, int block_m, int rank_block)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -147,7 +159,7 @@ def _fake(
     kind: str,
     h: Tensor | None,
     b: Tensor | None,
-    order: Tensor | None,
+    rows: Tensor | None,
     tiles: Tensor | None,
     block_m: int,
     rank_block: int,
@@ -182,7 +194,7 @@ def gated_activation(gate_up: Tensor, kind: str, delta: Delta | None = None) -> 
         return launch(gate_up, kind, None, None, None, None, 1, 1)
     segments = delta.segments
     plan = segments.plan
-    return launch(gate_up, kind, delta.h, delta.b, segments.order, segments.tiles, plan.block_m, plan.rank_block)
+    return launch(gate_up, kind, delta.h, delta.b, segments.rows, segments.tiles, plan.block_m, plan.rank_block)
 
 
 def gated_activation_reference(gate_up: Tensor, kind: str, delta: Delta | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from multilora_kernels._triton import jit, row_stride, tl, triton, use_kernel
 BLOCK = 4096
 NUM_WARPS = 8
 # Without noise only the memory counts: two 16-byte loads of bf16 a thread. Chosen by that count, not measured yet.
-GREEDY_BLOCK = 4096
+GREEDY_BLOCK = 8192
 GREEDY_NUM_WARPS = 8
 
 SMALL_W = 1 / 64

@@ -15,7 +15,8 @@ from torch.compiler import is_compiling
 
 from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.delta import Delta
-from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, rank_passes
+from multilora_kernels.tiles import load_tokens
 
 # Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24: o takes 4.2 us at 256 tokens of 16 adapters and 13.9 at 2,048 of 4,
 # where it moves as many bytes a second as a copy. BLOCK_N 64 and 256 and 2 and 8 warps are no better in any shape
@@ -25,6 +26,9 @@ NUM_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. One or two rank blocks leave nothing to pipeline anyway.
 NUM_STAGES = 1
+# At ranks of 30, of 8 to 64, and of 64 alone (H200, 2026-11-27) 256 rows of o take 5.0, 4.7 and 4.1 us, with (32, 32)
+# 4.5, 5.6 and 4.8; a row of rank 64 2.0 for 2.7; 2,048 rows of the first two 14.9 and 16.3, with (64, 64) 18.4 both.
+PASSES = ((64, 64), (64, 64), (32, 16))
 
 
 @jit
@@ -44,16 +48,17 @@ def load_b(b_columns, r, rank, stride_b, column_ok):
 
 @jit
 def _expand_kernel(
-    y, h, b, order, tiles,
+    y, h, b, rows, tiles,
     stride_y, stride_h, stride_b,
     WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
+    MORE_R: tl.constexpr, TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + TILE_FIELDS * tl.program_id(1)
-    first_row, end_row, rank_start, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    rank_start, rank = tl.load(tile + 2), tl.load(tile + 3)
     # Both are whole pages: the hint makes the loads of h vectors.
     h_start = tl.multiple_of(tl.load(tile + 4), RANK_PAGE)
     h_stride = tl.multiple_of(tl.load(tile + 5), RANK_PAGE)
+    token = load_tokens(rows, BLOCK_M)
     if rank > 0:
         # Axis 0 counts the N blocks of all slices, one slice after the other; none crosses a slice.
         block = tl.program_id(0)
@@ -71,11 +76,8 @@ def _expand_kernel(
         column_ok = in_slice < width
         n = column + in_slice
 
-        row = first_row + tl.arange(0, BLOCK_M)
-        row_ok = row < end_row
+        row_ok = token >= 0
         r = tl.arange(0, BLOCK_R)
-        # B is asked for while the rows' tokens, which y and h wait for, are on their way.
-        token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
         b_columns = b + rank_start.to(tl.int64) * stride_b + n[None, :]
         b_tile = load_b(b_columns, r, rank, stride_b, column_ok)
         y_at = y + token[:, None] * stride_y + n[None, :]
@@ -84,16 +86,17 @@ def _expand_kernel(
         h_rows = h + token[:, None] * stride_h + (h_start * len(WIDTHS) + slice_index * h_stride)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         acc = tl.dot(load_h(h_rows, r, rank, row_ok, RANK_PAGE), b_tile, acc, input_precision="ieee")
-        for first_r in range(BLOCK_R, rank, BLOCK_R):
-            r = first_r + tl.arange(0, BLOCK_R)
-            h_tile = load_h(h_rows, r, rank, row_ok, RANK_PAGE)
-            b_tile = load_b(b_columns, r, rank, stride_b, column_ok)
-            acc = tl.dot(h_tile, b_tile, acc, input_precision="ieee")
+        if MORE_R > 0:
+            for first_r in range(BLOCK_R, rank, MORE_R):
+                more = first_r + tl.arange(0, MORE_R)
+                h_more = load_h(h_rows, more, rank, row_ok, RANK_PAGE)
+                b_more = load_b(b_columns, more, rank, stride_b, column_ok)
+                acc = tl.dot(h_more, b_more, acc, input_precision="ieee")
         tl.store(y_at, (y_tile.to(tl.float32) + acc).to(y.dtype.element_ty), mask=y_ok)
 
 
 def _launch(
-    y: Tensor, h: Tensor, b: Tensor, order: Tensor, tiles: Tensor, block_m: int, rank_block: int, widths: Sequence[int]
+    y: Tensor, h: Tensor, b: Tensor, rows: Tensor, tiles: Tensor, block_m: int, rank_block: int, widths: Sequence[int]
 ) -> None:
     dtype = y.dtype
     stride_y = row_stride("grouped_expand", "y", y, dtype)
@@ -101,21 +104,22 @@ def _launch(
     num_tiles = tiles.shape[0]
     if num_tiles == 0:
         return
+    block_r, more_r = rank_passes(rank_block, y.shape[0], PASSES)
     blocks = 0
     for width in widths:
         blocks -= -width // BLOCK_N
     _expand_kernel[(blocks, num_tiles)](
-        y, h, b, order, tiles,
+        y, h, b, rows, tiles,
         stride_y, stride_h, stride_b,
-        WIDTHS=tuple(widths), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_R=rank_block,
-        TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
+        WIDTHS=tuple(widths), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_R=block_r,
+        MORE_R=more_r, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
         num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
 torch.library.define(
     "multilora::grouped_expand",
-    "(Tensor(a!) y, Tensor h, Tensor b, Tensor order, Tensor tiles, int block_m, int rank_block, int[] widths) -> ()",
+    "(Tensor(a!) y, Tensor h, Tensor b, Tensor rows, Tensor tiles, int block_m, int rank_block, int[] widths) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::grouped_expand", ("cpu", "cuda"), _launch)
@@ -124,7 +128,7 @@ OP = torch.ops.multilora.grouped_expand.default
 
 @torch.library.register_fake("multilora::grouped_expand")
 def _fake(
-    y: Tensor, h: Tensor, b: Tensor, order: Tensor, tiles: Tensor, block_m: int, rank_block: int, widths: list[int]
+    y: Tensor, h: Tensor, b: Tensor, rows: Tensor, tiles: Tensor, block_m: int, rank_block: int, widths: list[int]
 ) -> None:
     return None
 
@@ -151,7 +155,7 @@ def grouped_expand(y: Tensor, delta: Delta, widths: Sequence[int]) -> None:
     launch = OP if is_compiling() else _launch
     segments = delta.segments
     plan = segments.plan
-    launch(y, delta.h, delta.b, segments.order, segments.tiles, plan.block_m, plan.rank_block, widths)
+    launch(y, delta.h, delta.b, segments.rows, segments.tiles, plan.block_m, plan.rank_block, widths)
 
 
 def grouped_expand_reference(y: Tensor, delta: Delta, widths: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from multilora_kernels._triton import jit, tl
 from multilora_kernels.grouped_expand import load_b, load_h
 from multilora_kernels.rmsnorm import scale_rows
+from multilora_kernels.tiles import load_tokens
 
 
 @jit
@@ -16,10 +17,10 @@ def _rounded_sum(x, y, DTYPE: tl.constexpr):
 
 @jit
 def rope_kernel(
-    qkv, cos, sin, q, kv_cache, slots, q_norm, k_norm, h, b, order, tiles,
+    qkv, cos, sin, q, kv_cache, slots, q_norm, k_norm, h, b, rows, tiles,
     stride_qkv, stride_page, stride_h, stride_b, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    GEMMA: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    GEMMA: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, MORE_R: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
 ):  # fmt: skip
     # A block is [rows, dimensions]; its rows are heads of one token, or with LoRA the tokens of a tile at one head.
@@ -38,27 +39,25 @@ def rope_kernel(
     else:
         tile = tiles + TILE_FIELDS * tl.program_id(1)
         first_row, end_row, rank_start, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+        token = load_tokens(rows, BLOCK_M)
         if first_row == end_row:
             return
         # Both are whole pages: the hint makes the loads of h vectors.
         h_start = tl.multiple_of(tl.load(tile + 4), RANK_PAGE)
         h_stride = tl.multiple_of(tl.load(tile + 5), RANK_PAGE)
-        row = first_row + tl.arange(0, BLOCK_M)
-        row_ok = row < end_row
+        row_ok = token >= 0
     # Dimensions i and i + R / 2 make a pair; dimensions j lie behind the rotary ones. Everything is asked for here and
     # converted where it is used: an earlier `.to` is a barrier that waits for one load before the next is asked for.
     i = tl.arange(0, BLOCK_HALF)
     j = R + tl.arange(0, BLOCK_REST)
     i_ok, j_ok = i < R // 2, j < D
     if tiles is not None:
-        # B before the rows' tokens, which all else waits for.
         r = tl.arange(0, BLOCK_R)
         b_rows = b + rank_start.to(tl.int64) * stride_b + column[None, :]
         b_low = load_b(b_rows + i[None, :], r, rank, stride_b, i_ok)
         b_high = load_b(b_rows + R // 2 + i[None, :], r, rank, stride_b, i_ok)
         if R < D:
             b_rest = load_b(b_rows + j[None, :], r, rank, stride_b, j_ok)
-        token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
         h_rows = h + token[:, None] * stride_h + (h_start * 3 + kind * h_stride)
         h_tile = load_h(h_rows, r, rank, row_ok, RANK_PAGE)
     ok, rest_ok = row_ok[:, None] & i_ok[None, :], row_ok[:, None] & j_ok[None, :]
@@ -73,7 +72,7 @@ def rope_kernel(
     cos_high = tl.load(cos + angle_at + R // 2, mask=angle_ok, other=0.0)
     sin_low = tl.load(sin + angle_at, mask=angle_ok, other=0.0)
     sin_high = tl.load(sin + angle_at + R // 2, mask=angle_ok, other=0.0)
-    slot = tl.load(slots + token).to(tl.int64)
+    slot = tl.load(slots + tl.maximum(token, 0)).to(tl.int64)
     if q_norm is not None:
         weight = q_norm
         if kind > 0:
@@ -93,16 +92,17 @@ def rope_kernel(
             high = tl.dot(h_tile, b_high, high, input_precision="ieee")
             if R < D:
                 rest = tl.dot(h_tile, b_rest, rest, input_precision="ieee")
-            for first_r in range(BLOCK_R, rank, BLOCK_R):
-                r = first_r + tl.arange(0, BLOCK_R)
-                h_tile = load_h(h_rows, r, rank, row_ok, RANK_PAGE)
-                b_low = load_b(b_rows + i[None, :], r, rank, stride_b, i_ok)
-                b_high = load_b(b_rows + R // 2 + i[None, :], r, rank, stride_b, i_ok)
-                low = tl.dot(h_tile, b_low, low, input_precision="ieee")
-                high = tl.dot(h_tile, b_high, high, input_precision="ieee")
-                if R < D:
-                    b_rest = load_b(b_rows + j[None, :], r, rank, stride_b, j_ok)
-                    rest = tl.dot(h_tile, b_rest, rest, input_precision="ieee")
+            if MORE_R > 0:
+                for first_r in range(BLOCK_R, rank, MORE_R):
+                    more = first_r + tl.arange(0, MORE_R)
+                    h_more = load_h(h_rows, more, rank, row_ok, RANK_PAGE)
+                    low_more = load_b(b_rows + i[None, :], more, rank, stride_b, i_ok)
+                    high_more = load_b(b_rows + R // 2 + i[None, :], more, rank, stride_b, i_ok)
+                    low = tl.dot(h_more, low_more, low, input_precision="ieee")
+                    high = tl.dot(h_more, high_more, high, input_precision="ieee")
+                    if R < D:
+                        rest_more = load_b(b_rows + j[None, :], more, rank, stride_b, j_ok)
+                        rest = tl.dot(h_more, rest_more, rest, input_precision="ieee")
         low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
         if R < D:
             rest = rest.to(dtype).to(tl.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 from multilora_kernels._triton import use_kernel
 from multilora_kernels.segments import (
     NO_ADAPTER,
+    NO_TOKEN,
     RANK_PAGE,
     TILE_FIELDS,
     SegmentPlan,
@@ -47,11 +48,10 @@ def _on_device(segments: Segments, tokens: Tensor, experts: Tensor, num_experts:
     plan, visits, device = segments.plan, len(experts), experts.device
     block_m = block_m_for(visits, num_experts)
     num_tiles = max_tiles(visits, 1 + plan.num_tiles * num_experts, block_m)
-    # Every token lies in one tile, which knows its adapter.
-    sizes = segments.tiles[:, 1] - segments.tiles[:, 0]
-    own = torch.empty(plan.num_tokens, 2, dtype=torch.int64, device=device)
-    by_adapter = segments.tiles[:, 2:4].long().repeat_interleave(sizes, 0, output_size=plan.num_tokens)
-    own[segments.order.long()] = by_adapter
+    # Every token lies in one tile, which knows its adapter; what is no token lands behind them.
+    own = torch.empty(plan.num_tokens + 1, 2, dtype=torch.int64, device=device)
+    at = torch.where(segments.rows >= 0, segments.rows, plan.num_tokens).long()
+    own[at] = segments.tiles[:, None, 2:4].long().expand(-1, plan.block_m, -1)
     rank_start, rank = own[tokens].unbind(1)
     padded = (rank + RANK_PAGE - 1) // RANK_PAGE * RANK_PAGE
     block = torch.where(rank > 0, rank_start * num_experts + experts * padded, NO_ADAPTER)
@@ -75,7 +75,9 @@ def _on_device(segments: Segments, tokens: Tensor, experts: Tensor, num_experts:
     made = SegmentPlan(
         np.empty(0, np.int32), num_tiles, visits, block_m, plan.rank_block, plan.max_rank, active=plan.active
     )
-    return Segments(made, tiles[:num_tiles], order.int())
+    rows = torch.full((num_tiles, block_m), NO_TOKEN, dtype=torch.int32, device=device)
+    rows.view(-1)[tile * block_m + (place - first) % block_m] = order.int()
+    return Segments(made, tiles[:num_tiles], rows)
 
 
 def routed_segments_reference(segments: Segments, tokens: Tensor, experts: Tensor, num_experts: int) -> Segments:

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.segments import TILE_FIELDS, TILE_SLOT, Segments
+from multilora_kernels.tiles import load_tokens
 
 # A program of 4 warps has 4,096 values: with 16-bit y two 16-byte loads of it in flight a thread, and the vectors are
 # read once for all rows of a tile. By that count, not measured yet.
@@ -37,13 +38,14 @@ class Affine:
 
 @jit
 def _affine_kernel(
-    y, values, offsets, order, tiles,
+    y, values, offsets, rows, tiles,
     width, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_FIELDS: tl.constexpr, TILE_SLOT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + TILE_FIELDS * tl.program_id(1)
-    first_row, end_row, rank, slot = tl.load(tile), tl.load(tile + 1), tl.load(tile + 3), tl.load(tile + TILE_SLOT)
+    rank, slot = tl.load(tile + 3), tl.load(tile + TILE_SLOT)
+    token = load_tokens(rows, BLOCK_M)
     # Rank 0: rows without adapter, or an empty tile.
     if rank > 0:
         start = tl.load(offsets + slot)
@@ -53,9 +55,7 @@ def _affine_kernel(
             gain_at = values + start.to(tl.int64) * UNIT + n
             gain = tl.load(gain_at, mask=n_ok, other=0.0)
             shift = tl.load(gain_at + width, mask=n_ok, other=0.0)
-            row = first_row + tl.arange(0, BLOCK_M)
-            row_ok = row < end_row
-            token = tl.load(order + row, mask=row_ok, other=0).to(tl.int64)
+            row_ok = token >= 0
             ok = row_ok[:, None] & n_ok[None, :]
             y_at = y + token[:, None] * stride_y + n[None, :]
             y_tile = tl.load(y_at, mask=ok, other=0.0).to(tl.float32)
@@ -66,14 +66,14 @@ def block_n_for(block_m: int) -> int:
     return VALUES_PER_PROGRAM // block_m
 
 
-def _launch(y: Tensor, values: Tensor, offsets: Tensor, order: Tensor, tiles: Tensor, block_m: int) -> None:
+def _launch(y: Tensor, values: Tensor, offsets: Tensor, rows: Tensor, tiles: Tensor, block_m: int) -> None:
     stride_y = row_stride("row_affine", "y", y, y.dtype)
     width, num_tiles, block_n = y.shape[1], tiles.shape[0], block_n_for(block_m)
     if num_tiles == 0:
         return
     # Without fused multiply-add the kernel's bits are the reference's.
     _affine_kernel[(-(-width // block_n), num_tiles)](
-        y, values, offsets, order, tiles,
+        y, values, offsets, rows, tiles,
         width, stride_y,
         BLOCK_M=block_m, BLOCK_N=block_n, TILE_FIELDS=TILE_FIELDS, TILE_SLOT=TILE_SLOT, UNIT=UNIT,
         num_warps=NUM_WARPS, enable_fp_fusion=False,
@@ -82,7 +82,7 @@ def _launch(y: Tensor, values: Tensor, offsets: Tensor, order: Tensor, tiles: Te
 
 torch.library.define(
     "multilora::row_affine",
-    "(Tensor(a!) y, Tensor values, Tensor offsets, Tensor order, Tensor tiles, int block_m) -> ()",
+    "(Tensor(a!) y, Tensor values, Tensor offsets, Tensor rows, Tensor tiles, int block_m) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::row_affine", ("cpu", "cuda"), _launch)
@@ -90,7 +90,7 @@ OP = torch.ops.multilora.row_affine.default
 
 
 @torch.library.register_fake("multilora::row_affine")
-def _fake(y: Tensor, values: Tensor, offsets: Tensor, order: Tensor, tiles: Tensor, block_m: int) -> None:
+def _fake(y: Tensor, values: Tensor, offsets: Tensor, rows: Tensor, tiles: Tensor, block_m: int) -> None:
     return None
 
 
@@ -116,7 +116,7 @@ def row_affine(y: Tensor, affine: Affine) -> None:
     if not use_kernel(y):
         return row_affine_reference(y, affine)
     launch = OP if is_compiling() else _launch
-    launch(y, values, offsets, segments.order, segments.tiles, segments.plan.block_m)
+    launch(y, values, offsets, segments.rows, segments.tiles, segments.plan.block_m)
 
 
 def row_affine_reference(y: Tensor, affine: Affine) -> None:

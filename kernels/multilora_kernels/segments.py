@@ -9,6 +9,8 @@ Planning needs numpy only; torch is imported when a plan goes to a device.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NO_ADAPTER = -1
+NO_TOKEN = -1
 TILE_FIELDS = 8
 """int32 words of a tile: first, end, rank_start, rank, h_start, h_stride, slot and a zero, 32 bytes in all."""
 TILE_SLOT = 6
@@ -28,6 +31,11 @@ RANK_PAGE = 8
 BLOCK_M_CHOICES = (16, 32, 64, 128)
 """tl.dot needs at least 16 rows; from 64 on Hopper uses wgmma."""
 LARGE_BLOCK_M = 64
+FEW_RANKS, ANY_RANKS = 16, 32
+"""Values of rank_block."""
+ROW_STEPS = (64, 512)
+"""Behind these numbers of rows launchers may take other variants of their kernels: few rows wait for loads, many keep
+the memory busy."""
 
 # Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24. 16 rows for 32 at 2048 tokens of 4 adapters: grouped_shrink gains
 # 1.3 to 3.5 us at each of four linears, grouped_expand loses up to 0.4, rope_write 1.4, gated_activation 2.3, so 16 is
@@ -43,8 +51,22 @@ def padded_rank(rank: int) -> int:
 
 
 def rank_block_for(max_rank: int) -> int:
-    """How many ranks a kernel takes at a time (BLOCK_R); tl.dot needs at least 16."""
-    return 16 if max_rank <= 16 else 32
+    """What kind of kernel a step takes: for ranks up to 16, which tl.dot needs at least, or for any."""
+    return FEW_RANKS if max_rank <= FEW_RANKS else ANY_RANKS
+
+
+def row_step(num_rows: int) -> int:
+    """Which of a launcher's variants so many rows take, 0 to len(ROW_STEPS)."""
+    return bisect_left(ROW_STEPS, num_rows)
+
+
+def rank_passes(rank_block: int, num_rows: int, passes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(ranks that a kernel takes first, and at a time behind those), one for ANY_RANKS as `passes` says by row step.
+
+    One for FEW_RANKS takes no more: 0. Without the loop for them it needs a fifth to two fifths fewer registers, so
+    that more programs run at a time: at 2,048 rows gated_activation takes 54 us for 61 (H200, 2026-11-27).
+    """
+    return (rank_block, 0) if rank_block == FEW_RANKS else passes[row_step(num_rows)]
 
 
 def block_m_for(num_tokens: int, num_groups: int) -> int:
@@ -61,16 +83,31 @@ def max_tiles(num_tokens: int, num_groups: int, block_m: int) -> int:
     return groups + (num_tokens - groups) // block_m
 
 
+def max_packed(num_tokens: int, num_groups: int) -> int:
+    """Most int32 words of a plan for up to `num_tokens` tokens of at most `num_groups` groups, cut by block_m_for."""
+    sizes = [block_m for block_m in BLOCK_M_CHOICES if block_m <= block_m_for(num_tokens, 1)]
+    # Above 16 rows a tile is at most twice what a group has on average.
+    groups = [num_groups, *(min(num_groups, 2 * num_tokens // block_m) for block_m in sizes[1:])]
+    return max(max_tiles(num_tokens, n, m) * (TILE_FIELDS + m) for n, m in zip(groups, sizes, strict=True))
+
+
+def _packed(num_tiles: int, block_m: int) -> NDArray[np.int32]:
+    """Empty tiles."""
+    packed = np.full((TILE_FIELDS + block_m) * num_tiles, NO_TOKEN, np.int32)
+    packed[: TILE_FIELDS * num_tiles] = 0
+    return packed
+
+
 @dataclass(frozen=True, eq=False)
 class SegmentPlan:
-    """One packed int32 buffer, tiles | order, and the numbers that the host needs to launch.
+    """One packed int32 buffer, tiles | rows, and the numbers that the host needs to launch.
 
-    A tile of all zeros is empty (no row lies between its first and its end): a buffer for a captured graph is filled
-    up with them.
+    A tile of all zeros is empty (no row lies between its first and its end, and its rows have no tokens): a buffer for
+    a captured graph is filled up with them.
     """
 
     packed: NDArray[np.int32]
-    """[8 * num_tiles + num_tokens]; tiles come first so that they are aligned to 32 bytes."""
+    """[(8 + block_m) * num_tiles]; tiles come first so that they are aligned to 32 bytes."""
     num_tiles: int
     num_tokens: int
     """T: all tokens of the step, with and without adapter."""
@@ -97,9 +134,14 @@ class SegmentPlan:
         return -(-self.max_rank // self.rank_block) * self.rank_block
 
     @property
+    def rows(self) -> NDArray[np.int32]:
+        """[num_tiles, block_m]: the tokens of each tile's rows, -1 behind the last of them."""
+        return self.packed[TILE_FIELDS * self.num_tiles :].reshape(-1, self.block_m)
+
+    @property
     def order(self) -> NDArray[np.int32]:
         """[T]: the token of each sorted row."""
-        return self.packed[TILE_FIELDS * self.num_tiles :]
+        return self.rows[self.rows >= 0]
 
     @cached_property
     def groups(self) -> NDArray[np.int32]:
@@ -118,9 +160,10 @@ class SegmentPlan:
         """
         if num_tiles < self.num_tiles:
             raise ValueError(f"num_tiles: the plan has {self.num_tiles} tiles, {num_tiles} cannot hold them")
-        packed = np.zeros(TILE_FIELDS * num_tiles + self.num_tokens, np.int32)
-        packed[: TILE_FIELDS * self.num_tiles] = self.packed[: TILE_FIELDS * self.num_tiles]
-        packed[TILE_FIELDS * num_tiles :] = self.order
+        packed = _packed(num_tiles, self.block_m)
+        own, border = TILE_FIELDS * self.num_tiles, TILE_FIELDS * num_tiles
+        packed[:own] = self.packed[:own]
+        packed[border : border + self.block_m * self.num_tiles] = self.packed[own:]
         return replace(self, packed=packed, num_tiles=num_tiles)
 
     def to(self, device: torch.device | str) -> Segments:
@@ -135,7 +178,7 @@ class SegmentPlan:
     def views(self, packed: torch.Tensor) -> Segments:
         """The plan's tensors inside `packed`, an int32 tensor that holds (a copy of) the packed buffer."""
         border = TILE_FIELDS * self.num_tiles
-        return Segments(self, packed[:border].view(-1, TILE_FIELDS), packed[border : border + self.num_tokens])
+        return Segments(self, packed[:border].view(-1, TILE_FIELDS), packed[border:].view(-1, self.block_m))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +192,12 @@ class Segments:
 
     plan: SegmentPlan
     tiles: torch.Tensor
-    order: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def order(self) -> torch.Tensor:
+        """As in the plan. Its length is known to the host only after waiting for the device."""
+        return self.rows[self.rows >= 0]
 
 
 def plan_segments(
@@ -217,7 +265,9 @@ def plan_segments(
         tiles[:, 0] += (index_in_group * block_m).astype(np.int32)
         np.minimum(tiles[:, 0] + block_m, tiles[:, 1], out=tiles[:, 1])
 
-    packed = np.empty(TILE_FIELDS * num_tiles + num_tokens, np.int32)
+    packed = _packed(num_tiles, block_m)
     packed[: TILE_FIELDS * num_tiles] = tiles.reshape(-1)
-    packed[TILE_FIELDS * num_tiles :] = order
+    # Sorted row j of tile t lies at t * block_m + j - first[t].
+    places = np.arange(num_tiles) * block_m - tiles[:, 0]
+    packed[TILE_FIELDS * num_tiles + np.arange(num_tokens) + places.repeat(tiles[:, 1] - tiles[:, 0])] = order
     return SegmentPlan(packed, num_tiles, num_tokens, block_m, rank_block, max_rank, tuple(active.tolist()))

@@ -157,7 +157,7 @@ def test_operator_passes_opcheck(one_target, make_case):
     torch.library.opcheck(op, (case.y, "silu", None, None, None, None, 1, 1))
     # Without NaN beside the own columns, which opcheck takes for a difference between its runs.
     h, segments = delta.h.nan_to_num(), delta.segments
-    torch.library.opcheck(op, (case.y, "silu", h, case.b.nan_to_num(), segments.order, segments.tiles, 16, 16))
+    torch.library.opcheck(op, (case.y, "silu", h, case.b.nan_to_num(), segments.rows, segments.tiles, 16, 16))
 
 
 @pytest.mark.parametrize("op", [gated_activation])

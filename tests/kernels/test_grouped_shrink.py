@@ -53,7 +53,7 @@ def test_h_is_as_wide_as_a_graphs_largest_rank_when_its_plan_says_so(target, mak
     captured, step = case.segments(16), few.segments(16)
     assert step.plan.h_ranks < captured.plan.h_ranks
     op = torch.ops.multilora.grouped_shrink
-    h = op(few.x, few.a, 3, step.order, step.tiles, 16, captured.plan.rank_block, captured.plan.h_ranks)
+    h = op(few.x, few.a, 3, step.rows, step.tiles, 16, captured.plan.rank_block, *[captured.plan.h_ranks] * 2)
     assert h.shape[1] == 3 * captured.plan.h_ranks
     exact = few.a_of(0).double() @ few.x[0].double()
     own = h[0, : 3 * step.plan.h_ranks].view(3, -1)[:, :3].double()

@@ -12,7 +12,7 @@ from multilora_kernels import activation, rope
 from multilora_kernels._triton import INTERPRETED, triton
 from multilora_kernels.activation import _activation_kernel
 from multilora_kernels.copy_blocks import _copy_kernel
-from multilora_kernels.grouped_expand import _expand_kernel
+from multilora_kernels.grouped_expand import PASSES, _expand_kernel
 from multilora_kernels.grouped_shrink import NUM_STAGES, _shrink_kernel, block_k_for
 from multilora_kernels.rope_kernel import rope_kernel
 from multilora_kernels.row_affine import NUM_WARPS, UNIT, _affine_kernel, block_n_for
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(
     triton is None or INTERPRETED, reason="needs Triton-lang's compiler, not its interpreter"
 )
 TILE = {"TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE}
-BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 16), (64, 32), (128, 32)]
+FEW = (16, 0)
+BLOCKS = [(m, FEW) for m in (16, 32, 64)] + [(16, (16, 16)), (16, (32, 32)), (64, (32, 16)), (128, (32, 16))]
+"""BLOCK_M, (BLOCK_R, MORE_R)."""
 
 
 def compile_for_sm90(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
@@ -65,7 +67,7 @@ def wide_loads_before_the_first_wait(asm: Any) -> int:
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
 @pytest.mark.parametrize("block_c", [16, 64])
 def test_shrink_reads_wide_and_in_stages(block_m, block_c):
-    types = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "order": "*i32", "tiles": "*i32"}
+    types = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "rows": "*i32", "tiles": "*i32"}
     constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k_for(block_m, block_c, 2), **TILE}
     ptx = compile_for_sm90(_shrink_kernel, types, constants, num_warps=4, num_stages=NUM_STAGES)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
@@ -73,10 +75,11 @@ def test_shrink_reads_wide_and_in_stages(block_m, block_c):
 
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
-@pytest.mark.parametrize("rank_block", [16, 32])
-def test_expand_reads_and_writes_wide(block_m, rank_block):
-    types = {"y": "*bf16", "h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"}
-    constants = {"WIDTHS": (4096, 1024, 1024), "BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_R": rank_block, **TILE}
+@pytest.mark.parametrize("ranks", sorted({FEW, *PASSES}))
+def test_expand_reads_and_writes_wide(block_m, ranks):
+    types = {"y": "*bf16", "h": "*bf16", "b": "*bf16", "rows": "*i32", "tiles": "*i32"}
+    constants = {"WIDTHS": (4096, 1024, 1024), "BLOCK_M": block_m, "BLOCK_N": 128}
+    constants |= {"BLOCK_R": ranks[0], "MORE_R": ranks[1], **TILE}
     ptx = compile_for_sm90(_expand_kernel, types, constants, num_warps=4, num_stages=1)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
     check_writes_wide(ptx)
@@ -84,7 +87,7 @@ def test_expand_reads_and_writes_wide(block_m, rank_block):
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
 def test_affine_reads_and_writes_wide(block_m):
-    types = {"y": "*bf16", "values": "*fp32"} | dict.fromkeys(("offsets", "order", "tiles"), "*i32")
+    types = {"y": "*bf16", "values": "*fp32"} | dict.fromkeys(("offsets", "rows", "tiles"), "*i32")
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n_for(block_m)}
     constants |= {"TILE_FIELDS": TILE_FIELDS, "TILE_SLOT": TILE_SLOT, "UNIT": UNIT}
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
@@ -101,47 +104,57 @@ def test_copy_moves_sixteen_bytes_at_a_time():
     assert re.search(r"st\.global\.v4\.b32", ptx)
 
 
-def compile_activation(block_m: int, rank_block: int) -> Any:
+def compile_activation(block_m: int, ranks: tuple[int, int]) -> Any:
     """Without LoRA at block_m 1."""
     with_delta, large = block_m > 1, block_m >= LARGE_BLOCK_M
-    types = {"gate_up": "*bf16", "out": "*bf16", "h": "*bf16", "b": "*bf16", "order": "*i32", "tiles": "*i32"}
-    none = {} if with_delta else dict.fromkeys(("h", "b", "order", "tiles", "stride_h", "stride_b"))
+    types = {"gate_up": "*bf16", "out": "*bf16", "h": "*bf16", "b": "*bf16", "rows": "*i32", "tiles": "*i32"}
+    none = {} if with_delta else dict.fromkeys(("h", "b", "rows", "tiles", "stride_h", "stride_b"))
     block_n, num_warps = activation.BLOCK_N, activation.NUM_WARPS
     if with_delta:
         block_n = activation.BLOCK_N_DELTA
         num_warps = activation.NUM_WARPS_LARGE_M if large else activation.NUM_WARPS_SMALL_M
-    constants = {"KIND": "silu", "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank_block, **TILE, **none}
+    constants = {
+        "KIND": "silu",
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_R": ranks[0],
+        "MORE_R": ranks[1],
+        **TILE,
+        **none,
+    }
     options = {"num_warps": num_warps, "num_stages": activation.NUM_STAGES, "enable_fp_fusion": False}
+    if (block_m, ranks) == (16, FEW):
+        options["maxnreg"] = activation.MAX_REGISTERS
     return compile_for_sm90(_activation_kernel, types, constants, **options)
 
 
 def test_activation_without_delta_reads_and_writes_wide():
-    ptx = compile_activation(1, 1)["ptx"]
+    ptx = compile_activation(1, FEW)["ptx"]
     assert ptx.count("ld.global.v4.b32") == 2, "one of gate and one of up a thread"
     assert ptx.count("ld.global") == 2
     assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == 1
 
 
-@pytest.mark.parametrize(("block_m", "rank_block"), BLOCKS)
-def test_activation_with_delta_reads_wide(block_m, rank_block):
-    asm = compile_activation(block_m, rank_block)
+@pytest.mark.parametrize(("block_m", "ranks"), BLOCKS)
+def test_activation_with_delta_reads_wide(block_m, ranks):
+    asm = compile_activation(block_m, ranks)
     check_writes_wide(asm["ptx"])
     assert ("wgmma.mma_async" in asm["ptx"]) == (block_m >= LARGE_BLOCK_M)
-    if (block_m, rank_block) == (16, 16):
+    if (block_m, ranks) == (16, FEW):
         assert wide_loads_before_the_first_wait(asm) == 8, "two each of gate, up and their B"
 
 
-def compile_rope(block_m: int, rank_block: int, d: int, rotary: int, norm: bool) -> Any:
+def compile_rope(block_m: int, ranks: tuple[int, int], d: int, rotary: int, norm: bool) -> Any:
     """Without LoRA at block_m 1."""
     with_delta, large = block_m > 1, block_m >= LARGE_BLOCK_M
     pointers = ("qkv", "cos", "sin", "q", "kv_cache", "q_norm", "k_norm", "h", "b")
-    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("slots", "order", "tiles"), "*i32") | {"eps": "fp32"}
-    none = [] if with_delta else ["h", "b", "order", "tiles", "stride_h", "stride_b"]
+    types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("slots", "rows", "tiles"), "*i32") | {"eps": "fp32"}
+    none = [] if with_delta else ["h", "b", "rows", "tiles", "stride_h", "stride_b"]
     none += [] if norm else ["q_norm", "k_norm"]
     heads, half, rest = rope.blocks_for(32, 8, d, rotary, with_delta, rope.VALUES_PER_PROGRAM)[1:]
     constants = {
         "HEADS": 32, "KV_HEADS": 8, "PAGE_SIZE": 16, "D": d, "R": rotary, "GEMMA": False, "BLOCK_HEADS": heads,
-        "BLOCK_M": block_m, "BLOCK_R": rank_block, "BLOCK_HALF": half, "BLOCK_REST": rest,
+        "BLOCK_M": block_m, "BLOCK_R": ranks[0], "MORE_R": ranks[1], "BLOCK_HALF": half, "BLOCK_REST": rest,
         **TILE, **dict.fromkeys(none),
     }  # fmt: skip
     num_warps = rope.NUM_WARPS
@@ -154,18 +167,18 @@ def compile_rope(block_m: int, rank_block: int, d: int, rotary: int, norm: bool)
 @pytest.mark.parametrize(("d", "rotary"), [(64, 64), (128, 128), (256, 256), (128, 96)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_rope_without_delta_waits_for_no_load_before_the_next(d, rotary, norm):
-    ptx = compile_rope(1, 1, d, rotary, norm)["ptx"]
+    ptx = compile_rope(1, FEW, d, rotary, norm)["ptx"]
     assert ptx.count("ld.global.v4.b32") >= 6, "x, cos and sin"
     assert ptx.count("ld.global.b32") <= 2, "the slot"
     assert "bar.sync" not in ptx
     check_writes_wide(ptx)
 
 
-@pytest.mark.parametrize(("block_m", "rank_block"), BLOCKS)
+@pytest.mark.parametrize(("block_m", "ranks"), BLOCKS)
 @pytest.mark.parametrize(("d", "rotary", "norm"), [(128, 128, False), (128, 96, True)])
-def test_rope_with_delta_reads_wide(block_m, rank_block, d, rotary, norm):
-    asm = compile_rope(block_m, rank_block, d, rotary, norm)
+def test_rope_with_delta_reads_wide(block_m, ranks, d, rotary, norm):
+    asm = compile_rope(block_m, ranks, d, rotary, norm)
     check_writes_wide(asm["ptx"])
     assert ("wgmma.mma_async" in asm["ptx"]) == (block_m >= LARGE_BLOCK_M)
-    if (block_m, rank_block, norm) == (16, 16, False):
+    if (block_m, ranks, norm) == (16, FEW, False):
         assert wide_loads_before_the_first_wait(asm) == 8, "two each of x, B, cos and sin"

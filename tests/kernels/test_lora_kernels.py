@@ -109,8 +109,9 @@ def test_operators_pass_opcheck(one_target, make_case):
     # Rank 16 everywhere: opcheck compares whole results, and of h the kernel fills only the adapters' own columns.
     case = make_case([1, 0, 0], one_target, ranks=(16, 16))
     segments, ops = case.segments(16), torch.ops.multilora
-    plan, indices = segments.plan, (segments.order, segments.tiles)
-    torch.library.opcheck(ops.grouped_shrink.default, (case.x, case.a, 3, *indices, 16, plan.rank_block, plan.h_ranks))
+    plan, indices = segments.plan, (segments.rows, segments.tiles)
+    most = (plan.h_ranks, plan.h_ranks)
+    torch.library.opcheck(ops.grouped_shrink.default, (case.x, case.a, 3, *indices, 16, plan.rank_block, *most))
     h = grouped_shrink(case.x, case.a, 3, segments)
     torch.library.opcheck(ops.grouped_expand.default, (case.y, h, case.b, *indices, 16, plan.rank_block, case.widths))
 

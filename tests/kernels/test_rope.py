@@ -78,7 +78,7 @@ def test_operator_passes_opcheck(one_target, make_case):
     # Without NaN beside the own columns, which opcheck takes for a difference between its runs.
     h, b, segments = delta.h.nan_to_num(), case.b.nan_to_num(), delta.segments
     norms = (setup.q_norm, setup.k_norm, EPS, True)
-    torch.library.opcheck(op, (*common, *norms, h, b, segments.order, segments.tiles, 16, 16))
+    torch.library.opcheck(op, (*common, *norms, h, b, segments.rows, segments.tiles, 16, 16))
 
 
 def test_wrong_tensors_are_refused(one_target, make_case):

@@ -91,7 +91,7 @@ def test_kernels_add_each_visits_own_part(target):
     x, y = torch.randn(len(tokens), k, generator=generator), torch.randn(len(tokens), width, generator=generator)
     a, b, x, y = (tensor.to(target.device, target.dtype) for tensor in (a, b, x, y))
     step = step_of(slots)
-    segments = Segments(step.plan, step.tiles.to(target.device), step.order.to(target.device))
+    segments = Segments(step.plan, step.tiles.to(target.device), step.rows.to(target.device))
     visits = routed_segments(segments, tokens.to(target.device), experts.to(target.device), num_experts)
     out = y.clone()
     grouped_expand(out, Delta(grouped_shrink(x, a, 1, visits), b, visits), (width,))

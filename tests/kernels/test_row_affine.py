@@ -133,7 +133,7 @@ def test_nan_of_one_adapter_stays_in_its_rows(target, make, op):
 def test_operator_passes_opcheck(one_target, make):
     case = make([1, 0, 0], (16, 16), one_target, 24)
     affine, segments = case.affine, case.affine.segments
-    arguments = (case.y, affine.values, affine.offsets, segments.order, segments.tiles, segments.plan.block_m)
+    arguments = (case.y, affine.values, affine.offsets, segments.rows, segments.tiles, segments.plan.block_m)
     torch.library.opcheck(torch.ops.multilora.row_affine.default, arguments)
 
 

@@ -87,7 +87,8 @@ def test_padding_adds_empty_tiles_and_changes_nothing_else(batch, more):
     np.testing.assert_array_equal(padded.tiles[: plan.num_tiles], plan.tiles)
     assert (padded.tiles[plan.num_tiles :] == 0).all()
     np.testing.assert_array_equal(padded.order, plan.order)
-    assert padded.packed.size == 8 * padded.num_tiles + plan.num_tokens
+    assert padded.packed.size == (8 + 16) * padded.num_tiles
+    assert (padded.rows[plan.num_tiles :] == -1).all()
 
 
 def test_a_plan_does_not_fit_into_fewer_tiles_than_it_has():
@@ -102,6 +103,7 @@ def test_views_on_a_device_are_the_packed_buffer(batch):
     assert plan.packed.dtype == np.int32
     segments = plan.to("cpu")
     np.testing.assert_array_equal(segments.tiles.numpy(), plan.tiles)
+    np.testing.assert_array_equal(segments.rows.numpy(), plan.rows)
     np.testing.assert_array_equal(segments.order.numpy(), plan.order)
 
 

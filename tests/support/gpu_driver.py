@@ -20,7 +20,7 @@ from multilora_backend.adapters.ranks import PAGE
 from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.engine.engine import Engine
-from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, sizes_up_to, tiers_for
+from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, kinds
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs
 from multilora_backend.engine.prompt_graphs import sizes_up_to as prompt_sizes_up_to
 from multilora_backend.engine.runner import ModelRunner
@@ -28,7 +28,7 @@ from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.loader import attention_modules
 from multilora_backend.models.lora import Grouped, LoraStep
 from multilora_backend.protocol import Failed, Outputs, Submit
-from multilora_kernels import max_tiles
+from multilora_kernels import max_tiles, rank_block_for
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Driver:
                 self.requests[number].rows[sequence.num_output_tokens] = row
         return self._launch_sampler(logits, sequences)
 
-    def _found(self, rows: int, tier: int | None) -> DecodeGraph | None:
-        graph = self._find(rows, tier)
+    def _found(self, rows: int, tier: int | None, max_rank: int) -> DecodeGraph | None:
+        graph = self._find(rows, tier, max_rank)
         if graph is not None:
             self.replayed.append((rows, graph.rows, graph.tier))
         return graph
@@ -210,11 +210,10 @@ class StandIn:
 def run_eagerly(runner: ModelRunner, graph: DecodeGraph | PromptGraph, out: Tensor | None = None) -> Tensor:
     """The logits of a graph's rows or samples, by the kernels that it launches at replay."""
     lora = runner._lora
-    if isinstance(lora, Bordered) and graph.tier and lora._segments is not None:  # what is fixed in a capture
+    if isinstance(lora, Grouped) and lora._segments is not None:  # what is fixed in a capture
         lora._tier = graph.tier
-        base = lora.base_step(graph.rows, graph.tier).segments
-        assert base is not None
-        plan = replace(lora._segments.plan, rank_block=base.rank_block)
+        rank_block = graph.rank_block if isinstance(graph, DecodeGraph) else rank_block_for(graph.ranks)
+        plan = replace(lora._segments.plan, rank_block=rank_block)
         lora._segments = replace(lora._segments, plan=plan)
     if isinstance(graph, PromptGraph):
         return runner.forward(runner._attention, graph.rows, graph.samples, out=out)
@@ -228,21 +227,20 @@ def stand_in_for_graphs(runner: ModelRunner, max_rows: int, max_slots: int) -> N
     inputs, page_size = runner._inputs, runner._page_size
     logits = torch.empty(max_slots, runner._model.config.vocab_size, dtype=runner._model.dtype)
     decode = DecodeGraphs(runner.forward, attention, lora, inputs, page_size, logits)
-    for rows in sizes_up_to(max_slots):
-        for tier in tiers_for(rows, lora.tiers if isinstance(lora, Bordered) else ()):
-            segments = lora.base_step(rows, tier).segments if tier else None
-            tiles = 0 if segments is None else segments.num_tiles
-            later: Any = None  # the graph and its stand-in know each other
-            graph = DecodeGraph(rows, tier, tiles, attention, logits[:rows], later)
-            object.__setattr__(graph, "graph", StandIn(runner, graph))
-            decode._graphs.setdefault(tier, {})[rows] = graph
+    for rows, tier, rank_block in sorted(kinds(max_slots, lora.tiers if isinstance(lora, Bordered) else ())):
+        segments = lora.base_step(rows, tier, rank_block).segments if tier else None
+        tiles = 0 if segments is None else segments.num_tiles
+        later: Any = None  # the graph and its stand-in know each other
+        graph = DecodeGraph(rows, tier, rank_block, tiles, attention, logits[:rows], later)
+        object.__setattr__(graph, "graph", StandIn(runner, graph))
+        decode._graphs.setdefault((tier, rank_block), {})[rows] = graph
     layer = attention_modules(runner._model.module)[0]
     prompts = PromptGraphs(runner.forward, layer, lora, inputs, page_size, logits)
     for rows in prompt_sizes_up_to(max_rows):
         for step in (LoraStep(), *lora.variants(rows)):
             ranks = tiles = block_m = 0
             if step.segments is not None:
-                ranks, block_m = step.tier or step.segments.max_rank, step.segments.block_m
+                ranks, block_m = step.segments.max_rank, step.segments.block_m
                 tiles = max_tiles(rows, 1 + (step.tier // PAGE or MAX_ADAPTERS), block_m)
             samples = min(max_slots, rows)
             prompt = PromptGraph(rows, samples, ranks, step.tier, tiles, block_m, logits[:samples])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps as CUDA graphs, captured at start by batch size and rank tier: a step is then one launch."""
+"""Decode steps as CUDA graphs, captured at start by batch size, rank tier and kind of kernel: a step is one launch."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.flashinfer_attention import FlashInferAttention
 from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.lora import LoraStep, LoraStrategy
+from multilora_kernels import ANY_RANKS, FEW_RANKS, rank_block_for, row_step
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class DecodeGraph:
 
     rows: int
     tier: int
+    rank_block: int
+    """FEW_RANKS: no adapter may have more; ANY_RANKS: each may."""
     tiles: int
     attention: AttentionBackend
     logits: Tensor
@@ -68,6 +72,15 @@ def tiers_for(rows: int, tiers: tuple[int, ...]) -> list[int]:
     return [0, *(tier for tier in tiers if tier <= most)]
 
 
+def kinds(max_rows: int, tiers: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(rows, tier, rank_block) of the graphs to capture, in that order."""
+    for rank_block in (ANY_RANKS, FEW_RANKS):
+        for rows in reversed(sizes_up_to(max_rows)):
+            for tier in reversed(tiers_for(rows, tiers)):
+                if tier or rank_block == ANY_RANKS:
+                    yield rows, tier, rank_block
+
+
 class DecodeGraphs:
     """All graphs share one memory pool, since they never run at the same time."""
 
@@ -87,53 +100,57 @@ class DecodeGraphs:
         self._inputs = inputs
         self._page_size = page_size
         self._logits = logits
-        self._graphs: dict[int, dict[int, DecodeGraph]] = {}
-        """By tier, then rows; ascending in rows."""
+        self._graphs: dict[tuple[int, int], dict[int, DecodeGraph]] = {}
+        """By tier and rank_block, then rows; ascending in rows."""
 
-    def find(self, rows: int, tier: int | None) -> DecodeGraph | None:
-        """The smallest graph of that tier that holds the rows; None: run the step eagerly."""
+    def find(self, rows: int, tier: int | None, max_rank: int) -> DecodeGraph | None:
+        """The smallest graph of that tier that holds the rows, for few ranks if it may be; None: run it eagerly."""
         if tier is None:
             return None
-        by_rows = self._graphs.get(tier, {})
-        return next((graph for size, graph in by_rows.items() if size >= rows), None)
+        for rank_block in sorted({rank_block_for(max_rank), ANY_RANKS}):
+            by_rows = self._graphs.get((tier, rank_block), {})
+            graph = next((graph for size, graph in by_rows.items() if size >= rows), None)
+            if graph is not None:
+                return graph
+        return None
 
     @torch.inference_mode()
     def capture(self, budget_bytes: int) -> int:
         """Captures the largest first, since smaller ones fit into its memory; stops when the budget is spent.
 
-        Returns the bytes that the graphs take.
+        Those that serve any step come before those that serve few ranks faster. Returns the bytes that the graphs take.
         """
         started = time.monotonic()
         free_before, _ = torch.cuda.mem_get_info()
         tiers = self._lora.tiers if isinstance(self._lora, Bordered) else ()
         pool = torch.cuda.graph_pool_handle()
         count, spent = 0, 0
-        for rows in reversed(sizes_up_to(len(self._logits))):
-            attention = self._attention.for_graph(rows)
-            for tier in reversed(tiers_for(rows, tiers)):
-                if spent > budget_bytes:
-                    break
-                self._graphs.setdefault(tier, {})[rows] = self._capture(rows, tier, attention, pool)
-                count += 1
-                spent = free_before - torch.cuda.mem_get_info()[0]
-        for tier, graphs in self._graphs.items():
-            self._graphs[tier] = dict(sorted(graphs.items()))
+        attention = {rows: self._attention.for_graph(rows) for rows in sizes_up_to(len(self._logits))}
+        for rows, tier, rank_block in kinds(len(self._logits), tiers):
+            if spent > budget_bytes:
+                break
+            graph = self._capture(rows, tier, rank_block, attention[rows], pool)
+            self._graphs.setdefault((tier, rank_block), {})[rows] = graph
+            count += 1
+            spent = free_before - torch.cuda.mem_get_info()[0]
+        for key, graphs in self._graphs.items():
+            self._graphs[key] = dict(sorted(graphs.items()))
         seconds = time.monotonic() - started
         log.info("captured %d decode graphs in %.1f s; they take %.2f GiB", count, seconds, spent / 2**30)
         return spent
 
-    def _capture(self, rows: int, tier: int, attention: AttentionBackend, pool: Any) -> DecodeGraph:
+    def _capture(self, rows: int, tier: int, rank_block: int, attention: AttentionBackend, pool: Any) -> DecodeGraph:
         batch = Batch.idle(1, self._page_size).padded(rows)
-        step = self._lora.base_step(rows, tier) if isinstance(self._lora, Bordered) else LoraStep()
+        step = self._lora.base_step(rows, tier, rank_block) if isinstance(self._lora, Bordered) else LoraStep()
         self._inputs.wait()
         self._inputs.load(batch, step.segments)
         self._lora.enter(step, None if step.segments is None else self._inputs.segments(step.segments))
         attention.plan(batch)
         self._inputs.planned()
         logits = self._logits[:rows]
-        # Kernels are compiled and loaded outside of the capture, where that is allowed; sizes that are multiples of 16
-        # share their variants.
-        if rows <= 16 or not self._graphs.get(tier):
+        # Kernels are compiled and loaded outside of the capture, where that is allowed; sizes of one row step that are
+        # multiples of 16 share their variants.
+        if rows <= 16 or row_step(rows) not in map(row_step, self._graphs.get((tier, rank_block), ())):
             self._forward(attention, rows, None, out=logits)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -141,4 +158,4 @@ class DecodeGraphs:
             # Not in the pool: a result that is kept alive there could not share its memory with other graphs' results.
             self._forward(attention, rows, None, out=logits)
         tiles = 0 if step.segments is None else step.segments.num_tiles
-        return DecodeGraph(rows, tier, tiles, attention, logits, graph)
+        return DecodeGraph(rows, tier, rank_block, tiles, attention, logits, graph)

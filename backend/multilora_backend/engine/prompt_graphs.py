@@ -149,7 +149,7 @@ class PromptGraphs:
         samples = min(len(self._logits), FEW_SAMPLES if rows <= FEW_ROWS else rows)
         ranks = tiles = block_m = 0
         if step.segments is not None:
-            ranks, block_m = step.tier or step.segments.max_rank, step.segments.block_m
+            ranks, block_m = step.segments.max_rank, step.segments.block_m
             # Each adapter and the rows without one may end in a tile that is not full.
             tiles = max_tiles(rows, 1 + (step.tier // PAGE or MAX_ADAPTERS), block_m)
             step = replace(step, segments=step.segments.pad_to(tiles))

@@ -26,7 +26,7 @@ from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.loader import LoadedModel, attention_modules
 from multilora_backend.models.lora import Grouped, LoraStep, LoraStrategy, Reference
 from multilora_backend.models.moe import capturable
-from multilora_kernels import max_tiles
+from multilora_kernels import ROW_STEPS, max_packed
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ class ModelRunner:
         """Replays a decode step; None if no graph holds it."""
         graph = None
         if self.decode_graphs is not None:
-            graph = self.decode_graphs.find(batch.num_rows, self._lora.tier(self._lora.ranks(batch)))
+            ranks = self._lora.ranks(batch)
+            graph = self.decode_graphs.find(batch.num_rows, self._lora.tier(ranks), max(ranks, default=0))
         if graph is None:
             return None
         batch = batch.padded(graph.rows)
@@ -165,7 +166,7 @@ class ModelRunner:
     def warm_up(self, max_rows: int) -> None:
         """Runs every variant of the kernels that an eager step may need, so that no request waits for a compiler."""
         everything = self._lora.extras.everything()
-        for rows in sorted({min(n, max_rows) for n in (1, 17, 1040, 4112, max_rows)}):
+        for rows in sorted({min(n, max_rows) for n in (1, 17, *(n + 16 for n in ROW_STEPS), 1040, 4112, max_rows)}):
             steps = [LoraStep()]
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
@@ -220,7 +221,7 @@ def create_runner(config: Config, model: LoadedModel, lora: LoraStrategy, num_ho
     inputs = StepInputs(
         max_rows=rows,
         max_slots=slots + 1,  # padding may be a slot of its own
-        max_tiles=max_tiles(rows, max(slots, MAX_ADAPTERS) + 1, 16),
+        max_segments=max_packed(rows, max(slots, MAX_ADAPTERS) + 1),
         max_pages=max(slots * -(-model.max_model_len // page_size), rows // page_size + 1) + rows,
         device=model.device,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,17 +82,22 @@ class Bordered(Grouped):
     def variants(self, rows: int) -> Iterator[LoraStep]:
         yield from super().variants(rows)
         slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
-        segments = plan_segments(slots, zero, zero + PAGE, block_m_for(rows, 1), zero)
-        yield LoraStep(segments, PROMPT_TIER, prompts=True)
+        for rank in self.rank_variants():
+            segments = plan_segments(slots, zero, zero + rank, block_m_for(rows, 1), zero)
+            yield LoraStep(segments, PROMPT_TIER, prompts=True)
 
-    def base_step(self, rows: int, tier: int) -> LoraStep:
-        """A step of rows without adapter that runs at that tier all the same: what graphs are captured with."""
+    def base_step(self, rows: int, tier: int, rank_block: int) -> LoraStep:
+        """A step of rows without adapter that runs at that tier all the same: what graphs are captured with.
+
+        `rank_block`: FEW_RANKS, and the graph serves no adapter of more ranks, or ANY_RANKS.
+        """
         none = np.full(rows, -1, dtype=np.int32)
         zero = np.zeros(1, dtype=np.int32)
         if not tier:
             return LoraStep()
         segments = plan_segments(none, zero, zero, DECODE_BLOCK_M, zero)
-        return LoraStep(segments.pad_to(max_tiles(rows, tier // MEAN_RANK + 1, DECODE_BLOCK_M)), tier)
+        segments = segments.pad_to(max_tiles(rows, tier // MEAN_RANK + 1, DECODE_BLOCK_M))
+        return LoraStep(replace(segments, rank_block=rank_block), tier)
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
         super().enter(step, segments)

@@ -17,8 +17,10 @@ _ALIGN = 8
 class StepInputs:
     """A host buffer (pinned on CUDA), its twin on the device, and named int32 views of both."""
 
-    def __init__(self, max_rows: int, max_slots: int, max_tiles: int, max_pages: int, device: torch.device) -> None:
-        """`max_pages` bounds the pages of a step added up over its slots, shared ones counted each time."""
+    def __init__(self, max_rows: int, max_slots: int, max_segments: int, max_pages: int, device: torch.device) -> None:
+        """`max_segments` bounds the int32 words of a packed plan, and `max_pages` the pages of a step added up over its
+        slots, shared ones counted each time.
+        """
         sizes = {
             "token_ids": max_rows,
             "sources": max_rows,
@@ -28,7 +30,7 @@ class StepInputs:
             "row_starts": max_slots + 1,
             "page_starts": max_slots + 1,
             "last_page_lens": max_slots,
-            "segments": 8 * max_tiles + max_rows,
+            "segments": max_segments,
             "pages": max_pages,  # last: only what is used of it is copied
         }
         self._offsets: dict[str, int] = {}

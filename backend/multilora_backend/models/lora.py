@@ -22,6 +22,7 @@ from multilora_backend.models.batch import Batch
 from multilora_backend.models.extras import ExtrasStep, StepExtras
 from multilora_backend.models.linear import FusedLinear
 from multilora_kernels import (
+    FEW_RANKS,
     Delta,
     SegmentPlan,
     Segments,
@@ -35,8 +36,8 @@ from multilora_kernels import (
     routed_segments_reference,
 )
 
-RANK_VARIANTS = (16, 64)
-"""Kernels take 16 ranks at a time up to rank 16, 32 beyond. Steps with prompts are captured for ranks up to these."""
+RANK_VARIANTS = (FEW_RANKS, 64)
+"""Kernels for up to 16 ranks and those for any number differ. Steps with prompts are captured for ranks up to these."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +186,13 @@ class Grouped(NoLora):
         h = grouped_shrink(x, self._pool.a[site], 1, visits)
         grouped_expand(y, Delta(h, self._pool.b[site], visits), y.shape[1:])
 
+    def rank_variants(self) -> list[int]:
+        return sorted({min(rank, self._pool.num_ranks) for rank in RANK_VARIANTS})
+
     def variants(self, rows: int) -> Iterator[LoraStep]:
         """Steps of `rows` rows that between them launch every variant of the kernels."""
         slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
-        for rank in sorted({min(rank, self._pool.num_ranks) for rank in RANK_VARIANTS}):
+        for rank in self.rank_variants():
             yield LoraStep(plan_segments(slots, zero, zero + rank, block_m_for(rows, 1)))
 
 

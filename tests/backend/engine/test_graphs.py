@@ -10,7 +10,8 @@ import pytest
 
 import tiny_models
 from gpu_driver import Driver, Mode
-from multilora_backend.engine.graphs import DecodeGraphs, sizes_up_to, tiers_for
+from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, kinds, sizes_up_to, tiers_for
+from multilora_kernels import ANY_RANKS, FEW_RANKS
 
 ADAPTERS = {
     "small": {"r": 3},
@@ -131,18 +132,55 @@ def test_tiers_grow_with_the_rows(rows: int):
 def test_find_takes_the_smallest_graph_of_just_that_tier():
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs._graphs = {
-        tier: {size: SimpleNamespace(rows=size, tier=tier) for size in sizes}
-        for tier, sizes in {0: (1, 2, 4, 8), 64: (2, 8), 128: (8,)}.items()
+        (tier, rank_block): {size: SimpleNamespace(rows=size, tier=tier, rank_block=rank_block) for size in sizes}
+        for tier, rank_block, sizes in (
+            (0, ANY_RANKS, (1, 2, 4, 8)),
+            (64, ANY_RANKS, (2, 8)),
+            (64, FEW_RANKS, (4,)),
+            (128, ANY_RANKS, (8,)),
+        )
     }
 
-    def found(rows: int, tier: int | None) -> tuple[int, int] | None:
-        graph = graphs.find(rows, tier)
-        return None if graph is None else (graph.rows, graph.tier)
+    def found(rows: int, tier: int | None, max_rank: int) -> tuple[int, int, int] | None:
+        graph = graphs.find(rows, tier, max_rank)
+        return None if graph is None else (graph.rows, graph.tier, graph.rank_block)
 
-    assert found(3, 0) == (4, 0)
-    assert found(1, 64) == (2, 64)
-    assert found(3, 64) == found(8, 64) == (8, 64)
-    assert found(1, 128) == (8, 128)
-    assert found(9, 0) is None
-    assert found(1, 256) is None
-    assert found(1, None) is None
+    assert found(3, 0, 0) == (4, 0, ANY_RANKS)
+    assert found(1, 64, 17) == (2, 64, ANY_RANKS)
+    assert found(1, 64, 16) == (4, 64, FEW_RANKS), "more rows, but the kernels that suit it"
+    assert found(5, 64, 16) == (8, 64, ANY_RANKS), "none for few ranks was captured"
+    assert found(3, 64, 40) == found(8, 64, 40) == (8, 64, ANY_RANKS)
+    assert found(1, 128, 9) == (8, 128, ANY_RANKS)
+    assert found(9, 0, 0) is None
+    assert found(1, 256, 8) is None
+    assert found(1, None, 8) is None
+
+
+@pytest.mark.parametrize("tiers", [(), (64, 128, 256)])
+def test_graphs_for_any_ranks_are_captured_first_and_the_largest_of_each(tiers: tuple[int, ...]):
+    order = list(kinds(20, tiers))
+    assert len(order) == len(set(order))
+    of_any = [(rows, tier) for rows, tier, rank_block in order if rank_block == ANY_RANKS]
+    assert set(of_any) == {(rows, tier) for rows in sizes_up_to(20) for tier in tiers_for(rows, tiers)}
+    assert [rank_block for *_, rank_block in order[: len(of_any)]] == [ANY_RANKS] * len(of_any)
+    of_few = [(rows, tier) for rows, tier, rank_block in order if rank_block == FEW_RANKS]
+    assert of_few == [(rows, tier) for rows, tier in of_any if tier], "base traffic has no ranks"
+    assert of_any == sorted(of_any, reverse=True)
+
+
+def test_adapters_of_few_ranks_are_not_slowed_by_what_larger_ones_need(folder: Path, expected: dict):
+    driver = driver_of(folder, "bordered").preload(["attention", "small", "wide"])
+    assert driver.runner.decode_graphs is not None
+    find, kernels = driver.runner.decode_graphs.find, []
+
+    def found(rows: int, tier: int | None, max_rank: int) -> DecodeGraph | None:
+        graph = find(rows, tier, max_rank)
+        kernels.append((max_rank, None if graph is None else graph.rank_block))
+        return graph
+
+    driver.runner.decode_graphs.find = found  # type: ignore[method-assign]
+    for names in (["attention", "small"], ["attention", "wide"]):
+        for name in names:
+            driver.submit(PROMPTS[name], name, max_tokens=COUNT)
+        check(driver, expected)
+    assert set(kernels) == {(7, FEW_RANKS), (40, ANY_RANKS)}

@@ -12,6 +12,7 @@ from lora_bench import TARGETS, Bench, batch_of, decode_of
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.lora import LoraStep
+from multilora_kernels import FEW_RANKS
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -98,7 +99,7 @@ def test_every_decode_step_fits_the_graph_of_its_tier(seed: int):
         tier = strategy.tier(strategy.ranks(batch))
         assert tier is not None
         rows = batch.num_rows + rng.randint(0, 15)
-        step, base = strategy.plan(batch.padded(rows)), strategy.base_step(rows, tier)
+        step, base = strategy.plan(batch.padded(rows)), strategy.base_step(rows, tier, FEW_RANKS)
         assert base.tier == tier >= step.tier
         if step.segments is None:
             assert tier == 0

@@ -11,11 +11,12 @@ from gpu_models import DEVICES
 from multilora_backend.core import SamplingParams, Sequence, Slot, StepPlan
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.inputs import StepInputs
-from multilora_kernels import SegmentPlan, max_tiles, plan_segments
+from multilora_kernels import SegmentPlan, max_packed, max_tiles, plan_segments
 
 PAGE = 4
 MAX_ROWS, MAX_SLOTS, MAX_PAGES = 40, 9, 70
 MAX_TILES = max_tiles(MAX_ROWS, MAX_SLOTS + 1, 16)
+MAX_SEGMENTS = max_packed(MAX_ROWS, MAX_SLOTS + 1)
 SIZES = {
     "token_ids": MAX_ROWS,
     "sources": MAX_ROWS,
@@ -25,14 +26,14 @@ SIZES = {
     "row_starts": MAX_SLOTS + 1,
     "page_starts": MAX_SLOTS + 1,
     "last_page_lens": MAX_SLOTS,
-    "segments": 8 * MAX_TILES + MAX_ROWS,
+    "segments": MAX_SEGMENTS,
     "pages": MAX_PAGES,
 }
 
 
 @pytest.fixture(params=DEVICES)
 def inputs(request: pytest.FixtureRequest) -> StepInputs:
-    return StepInputs(MAX_ROWS, MAX_SLOTS, MAX_TILES, MAX_PAGES, torch.device(request.param))
+    return StepInputs(MAX_ROWS, MAX_SLOTS, MAX_SEGMENTS, MAX_PAGES, torch.device(request.param))
 
 
 def batch_of(*slots: tuple[int, int]) -> Batch:
@@ -74,7 +75,7 @@ def check(inputs: StepInputs, batch: Batch, plan: SegmentPlan) -> None:
     segments = inputs.segments(plan)
     assert segments.plan is plan
     assert np.array_equal(segments.tiles.cpu(), plan.tiles)
-    assert np.array_equal(segments.order.cpu(), plan.order)
+    assert np.array_equal(segments.rows.cpu(), plan.rows)
 
 
 LARGEST = [(0, 8), (3, 9), (39, 1), (10, 5), (0, 4), (21, 3), (7, 1), (0, 8), (35, 1)]
