@@ -21,10 +21,9 @@ from multilora_kernels.tiles import load_tokens
 # Without LoRA a thread has one 16-byte load of gate and one of up in flight. BLOCK_N 512 to 2,048 and 2 to 8 warps are
 # within noise: 6.8 us for 256 tokens of Llama-3.1-8B, 44.5 for 2,048 (H200, cold L2, 2026-11-27).
 BLOCK_N, NUM_WARPS = 1024, 4
-# With LoRA a program of BLOCK_M 16 and rank 16 asks for 16 KiB, half of them B, before it waits for any; at 72
-# registers 7 programs fit an SM. 12.7 us for 256 tokens of 16 adapters, 65.2 for 2,048 of 4 (H200, cold L2,
-# 2026-11-27). With gate_up in L2, as its GEMM leaves it, 9.4 for 256: 64 columns and 2 warps take 12.1, 256 and 8 warps
-# 11.5, 512 17.8; without LoRA it is 3.7 there, and 15 MB of B are worth 4 us.
+# With LoRA a program of BLOCK_M 16 and rank 16 asks for 16 KiB, half of them B, before it waits for any; at 56
+# registers 9 programs fit an SM. 12.1 us for 256 tokens of 16 adapters, 56 for 2,048 of 4 (H200, B cold, 2026-11-27).
+# When it had 72, 64 columns and 2 warps took 12.1 us where it took 9.4, 256 and 8 warps 11.5, 512 17.8.
 BLOCK_N_DELTA, NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 128, 4, 8
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. Most ranks are one block, which leaves nothing to pipeline.

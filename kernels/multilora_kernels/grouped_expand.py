@@ -160,9 +160,8 @@ def grouped_expand(y: Tensor, delta: Delta, widths: Sequence[int]) -> None:
 
 def grouped_expand_reference(y: Tensor, delta: Delta, widths: Sequence[int]) -> None:
     """What grouped_expand computes, in torch: one matmul per adapter and slice. Any device."""
-    slices, order = len(widths), delta.segments.order
-    for first, end, rank_start, rank, h_start, h_stride, *_ in delta.segments.plan.groups.tolist():
-        tokens = order[first:end]
+    slices = len(widths)
+    for (_, _, rank_start, rank, h_start, h_stride, *_), tokens in delta.segments.by_adapter():
         y_rows, h_rows = y[tokens].float(), delta.h[tokens].float()
         b_rows = delta.b[rank_start : rank_start + rank].float()
         for i, (y_slice, b_slice) in enumerate(

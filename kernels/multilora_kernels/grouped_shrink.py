@@ -156,9 +156,8 @@ def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks:
 def grouped_shrink_reference(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks: int = 0) -> Tensor:
     """What grouped_shrink computes, in torch: one matmul per adapter. Any device."""
     h = x.new_empty(x.shape[0], slices * (ranks or segments.plan.h_ranks))
-    for first, end, rank_start, rank, h_start, h_stride, *_ in segments.plan.groups.tolist():
+    for (_, _, rank_start, rank, h_start, h_stride, *_), tokens in segments.by_adapter():
         padded = padded_rank(rank)
-        tokens = segments.order[first:end]
         block = a[rank_start * slices : (rank_start + padded) * slices]
         for i, own in enumerate((x[tokens] @ block.T).split(padded, dim=1)):
             column = h_start * slices + i * h_stride

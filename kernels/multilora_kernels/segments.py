@@ -10,7 +10,7 @@ Planning needs numpy only; torch is imported when a plan goes to a device.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -144,12 +144,17 @@ class SegmentPlan:
         return self.rows[self.rows >= 0]
 
     @cached_property
+    def group_tiles(self) -> NDArray[np.intp]:
+        """[adapters in the step]: the first tile of each."""
+        own = np.flatnonzero(self.tiles[:, 3] > 0)
+        return own[np.flatnonzero(np.diff(self.tiles[own, 2], prepend=-1))]
+
+    @cached_property
     def groups(self) -> NDArray[np.int32]:
-        """[adapters in the step, 8]: the tiles of each adapter as one, for the references. None for tokens without."""
-        tiles = self.tiles[self.tiles[:, 3] > 0]
-        first = np.flatnonzero(np.diff(tiles[:, 2], prepend=-1))
-        groups = tiles[first]
-        groups[:, 1] = tiles[np.append(first[1:], len(tiles))[: len(first)] - 1, 1]
+        """[adapters in the step, 8]: the tiles of each adapter as one. None for tokens without."""
+        groups = self.tiles[self.group_tiles]
+        last = np.append(self.group_tiles[1:], np.count_nonzero(self.tiles[:, 1]))[: len(groups)] - 1
+        groups[:, 1] = self.tiles[last, 1]
         return groups
 
     def pad_to(self, num_tiles: int) -> SegmentPlan:
@@ -187,17 +192,21 @@ class Segments:
 
     Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink also h_ranks). The tensors may be
     views of a static buffer that is overwritten from step to step, as long as those numbers stay true. References read
-    order, and else the plan.
+    rows, and else the plan.
     """
 
     plan: SegmentPlan
     tiles: torch.Tensor
     rows: torch.Tensor
 
-    @property
-    def order(self) -> torch.Tensor:
-        """As in the plan. Its length is known to the host only after waiting for the device."""
-        return self.rows[self.rows >= 0]
+    def by_adapter(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Each adapter's tiles as one, as in `SegmentPlan.groups`, and its tokens: what the references go through.
+
+        All but an adapter's last tile are full, so its tokens lie together, and nothing is asked of the device.
+        """
+        tokens, block_m = self.rows.view(-1), self.plan.block_m
+        for group, tile in zip(self.plan.groups.tolist(), self.plan.group_tiles.tolist(), strict=True):
+            yield group, tokens[tile * block_m :][: group[1] - group[0]]
 
 
 def plan_segments(

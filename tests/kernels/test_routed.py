@@ -41,12 +41,13 @@ def visits_of(chosen: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def by_block(segments: Segments) -> dict[tuple[int, int], list[int]]:
     """Visits of each (first row in the pool, rank), in order; every tile is checked."""
     found: dict[tuple[int, int], list[int]] = {}
+    order = segments.rows[segments.rows >= 0].tolist()
     for first, end, start, rank, h_start, h_stride, *_ in segments.tiles.tolist():
         assert 0 <= end - first <= segments.plan.block_m
         if end > first:
             assert h_start == 0
             assert not rank or h_stride == segments.plan.h_ranks >= rank
-            found.setdefault((start if rank else 0, rank), []).extend(segments.order[first:end].tolist())
+            found.setdefault((start if rank else 0, rank), []).extend(order[first:end])
     return found
 
 

@@ -202,7 +202,7 @@ class StandIn:
         if isinstance(lora, Grouped):
             segments = lora._segments
             assert (0 if segments is None else segments.plan.num_tiles) == graph.tiles
-            assert segments is None or len(segments.order) == graph.rows
+            assert segments is None or int((segments.rows >= 0).sum()) == graph.rows
         graph.logits.fill_(torch.nan)
         run_eagerly(self._runner, graph, graph.logits)
 
