@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora_kernels import SegmentPlan, block_m_for, max_tiles, padded_rank, plan_segments, rank_block_for
+from multilora_kernels import (
+    SegmentPlan,
+    block_m_for,
+    max_packed,
+    max_tiles,
+    padded_rank,
+    plan_segments,
+    rank_block_for,
+)
 from multilora_kernels.segments import BLOCK_M_CHOICES
 
 
@@ -163,3 +171,21 @@ def test_max_tiles_is_reached_by_the_worst_batch(num_tokens, num_groups, block_m
     groups = min(num_tokens, num_groups)
     sizes = [1] * (groups - 1) + [num_tokens - groups + 1]
     assert max_tiles(num_tokens, num_groups, block_m) == sum(-(-size // block_m) for size in sizes)
+
+
+@given(st.integers(1, 40_000), st.integers(1, 300), st.data())
+def test_max_packed_holds_every_smaller_plan(num_tokens: int, num_groups: int, data: st.DataObject):
+    tokens, groups = data.draw(st.integers(1, num_tokens)), data.draw(st.integers(1, num_groups))
+    block_m = block_m_for(tokens, groups)
+    most = max_tiles(tokens, groups, block_m) * (8 + block_m)
+    assert most <= max_packed(num_tokens, num_groups)
+
+
+# Of 2,100 tokens of 131 groups tiles have 32 rows, though they are half empty.
+@pytest.mark.parametrize(("num_tokens", "num_groups"), [(1, 1), (200, 9), (2048, 257), (2100, 131), (8192, 65)])
+def test_max_packed_is_little_more_than_the_largest_plan(num_tokens: int, num_groups: int):
+    sizes = []
+    for groups in range(1, num_groups + 1):
+        block_m = block_m_for(num_tokens, groups)
+        sizes.append(max_tiles(num_tokens, groups, block_m) * (8 + block_m))
+    assert max(sizes) <= max_packed(num_tokens, num_groups) <= 1.1 * max(sizes)

@@ -12,7 +12,7 @@ from lora_bench import TARGETS, Bench, batch_of, decode_of
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.lora import LoraStep
-from multilora_kernels import FEW_RANKS
+from multilora_kernels import ANY_RANKS, FEW_RANKS
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -110,3 +110,7 @@ def test_every_decode_step_fits_the_graph_of_its_tier(seed: int):
         assert max(ends) <= tier
         step.segments.pad_to(base.segments.num_tiles)  # raises if they do not fit
         assert base.segments.block_m == step.segments.block_m
+        for rank_block in (FEW_RANKS, ANY_RANKS):
+            captured = strategy.base_step(rows, tier, rank_block).segments
+            assert captured is not None
+            assert captured.rank_block == rank_block
