@@ -18,20 +18,15 @@ from multilora_kernels.rope import rope_write, rope_write_reference
 from multilora_kernels.routed import routed_segments, routed_segments_reference
 from multilora_kernels.row_affine import Affine, row_affine, row_affine_reference
 from multilora_kernels.segments import (
-    ANY_RANKS,
-    FEW_RANKS,
     NO_ADAPTER,
-    ROW_STEPS,
     SegmentPlan,
     Segments,
-    block_m_for,
     max_packed,
     max_tiles,
     padded_rank,
     plan_segments,
-    rank_block_for,
-    row_step,
 )
+from multilora_kernels.variants import ANY_RANKS, FEW_RANKS, ROW_STEPS, block_m_for, rank_block_for, row_step
 
 __all__ = [
     "ANY_RANKS",

@@ -15,8 +15,9 @@ from torch.compiler import is_compiling
 from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand_reference, load_b, load_h
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS, rank_passes
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
 from multilora_kernels.tiles import load_tokens
+from multilora_kernels.variants import LARGE_BLOCK_M, rank_passes
 
 # Without LoRA a thread has one 16-byte load of gate and one of up in flight. BLOCK_N 512 to 2,048 and 2 to 8 warps are
 # within noise: 6.8 us for 256 tokens of Llama-3.1-8B, 44.5 for 2,048 (H200, cold L2, 2026-11-27).

@@ -15,8 +15,9 @@ from torch.compiler import is_compiling
 
 from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.delta import Delta
-from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, rank_passes
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
 from multilora_kernels.tiles import load_tokens
+from multilora_kernels.variants import rank_passes
 
 # Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24: o takes 4.2 us at 256 tokens of 16 adapters and 13.9 at 2,048 of 4,
 # where it moves as many bytes a second as a copy. BLOCK_N 64 and 256 and 2 and 8 warps are no better in any shape

@@ -20,7 +20,8 @@ from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand_reference
 from multilora_kernels.rmsnorm import rmsnorm_reference
 from multilora_kernels.rope_kernel import rope_kernel
-from multilora_kernels.segments import LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS, rank_passes
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
+from multilora_kernels.variants import LARGE_BLOCK_M, rank_passes
 
 # Without LoRA a program takes this many values of one token, whole heads of q, k or v: at 2 warps two 16-byte loads of
 # 16 bits a thread. 256 to 2,048 values and 1 to 4 warps are within noise: 3.5 us for 256 tokens of Llama-3.1-8B and

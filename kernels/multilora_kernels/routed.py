@@ -20,11 +20,11 @@ from multilora_kernels.segments import (
     TILE_FIELDS,
     SegmentPlan,
     Segments,
-    block_m_for,
     max_tiles,
     padded_rank,
     plan_segments,
 )
+from multilora_kernels.variants import block_m_for
 
 
 def routed_segments(segments: Segments, tokens: Tensor, experts: Tensor, num_experts: int) -> Segments:

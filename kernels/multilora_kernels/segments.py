@@ -9,13 +9,14 @@ Planning needs numpy only; torch is imported when a plan goes to a device.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from multilora_kernels.variants import BLOCK_M_CHOICES, block_m_for, rank_block_for
 
 if TYPE_CHECKING:
     import torch
@@ -28,53 +29,11 @@ TILE_FIELDS = 8
 TILE_SLOT = 6
 RANK_PAGE = 8
 """Ranks are handed out in pages of 8, so that a row of 16-bit ranks is a whole number of 16-byte loads."""
-BLOCK_M_CHOICES = (16, 32, 64, 128)
-"""tl.dot needs at least 16 rows; from 64 on Hopper uses wgmma."""
-LARGE_BLOCK_M = 64
-FEW_RANKS, ANY_RANKS = 16, 32
-"""Values of rank_block."""
-ROW_STEPS = (64, 512)
-"""Behind these numbers of rows launchers may take other variants of their kernels: few rows wait for loads, many keep
-the memory busy."""
-
-# Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24. 16 rows for 32 at 2048 tokens of 4 adapters: grouped_shrink gains
-# 1.3 to 3.5 us at each of four linears, grouped_expand loses up to 0.4, rope_write 1.4, gated_activation 2.3, so 16 is
-# 5 us better in a layer. 64 rows lose to 32 in every kernel, there by 5 to 30%.
-# Nothing above 2048 tokens is measured.
-MAX_TOKENS_BLOCK_M_16 = 2048
-MAX_TOKENS_BLOCK_M_32 = 16384
 
 
 def padded_rank(rank: int) -> int:
     """The ranks that an adapter occupies in a pool: whole pages."""
     return -(-rank // RANK_PAGE) * RANK_PAGE
-
-
-def rank_block_for(max_rank: int) -> int:
-    """What kind of kernel a step takes: for ranks up to 16, which tl.dot needs at least, or for any."""
-    return FEW_RANKS if max_rank <= FEW_RANKS else ANY_RANKS
-
-
-def row_step(num_rows: int) -> int:
-    """Which of a launcher's variants so many rows take, 0 to len(ROW_STEPS)."""
-    return bisect_left(ROW_STEPS, num_rows)
-
-
-def rank_passes(rank_block: int, num_rows: int, passes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(ranks that a kernel takes first, and at a time behind those), one for ANY_RANKS as `passes` says by row step.
-
-    One for FEW_RANKS takes no more: 0. Without the loop for them it needs a fifth to two fifths fewer registers, so
-    that more programs run at a time: at 2,048 rows gated_activation takes 54 us for 61 (H200, 2026-11-27).
-    """
-    return (rank_block, 0) if rank_block == FEW_RANKS else passes[row_step(num_rows)]
-
-
-def block_m_for(num_tokens: int, num_groups: int) -> int:
-    """Rows of a tile: small while tiles are what keeps the GPU busy, and never twice what a group has on average."""
-    block_m = 16 if num_tokens <= MAX_TOKENS_BLOCK_M_16 else 32 if num_tokens <= MAX_TOKENS_BLOCK_M_32 else 64
-    while block_m > 16 and block_m * num_groups > 2 * num_tokens:
-        block_m //= 2
-    return block_m
 
 
 def max_tiles(num_tokens: int, num_groups: int, block_m: int) -> int:
@@ -113,7 +72,7 @@ class SegmentPlan:
     """T: all tokens of the step, with and without adapter."""
     block_m: int
     rank_block: int
-    """BLOCK_R of every kernel that runs under this plan; a captured graph fixes it, whatever its step's ranks are."""
+    """FEW_RANKS or ANY_RANKS: the kind of kernel that runs under this plan. A captured graph fixes it."""
     max_rank: int
     """Largest rank in the step, 0 if no token has an adapter."""
     active: tuple[int, ...]

@@ -16,7 +16,8 @@ from multilora_kernels.grouped_expand import PASSES, _expand_kernel
 from multilora_kernels.grouped_shrink import NUM_STAGES, _shrink_kernel, block_k_for
 from multilora_kernels.rope_kernel import rope_kernel
 from multilora_kernels.row_affine import NUM_WARPS, UNIT, _affine_kernel, block_n_for
-from multilora_kernels.segments import BLOCK_M_CHOICES, LARGE_BLOCK_M, RANK_PAGE, TILE_FIELDS, TILE_SLOT
+from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, TILE_SLOT
+from multilora_kernels.variants import BLOCK_M_CHOICES, LARGE_BLOCK_M
 
 pytestmark = pytest.mark.skipif(
     triton is None or INTERPRETED, reason="needs Triton-lang's compiler, not its interpreter"

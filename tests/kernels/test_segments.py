@@ -15,7 +15,7 @@ from multilora_kernels import (
     plan_segments,
     rank_block_for,
 )
-from multilora_kernels.segments import BLOCK_M_CHOICES
+from multilora_kernels.variants import BLOCK_M_CHOICES
 
 
 @st.composite
@@ -154,15 +154,6 @@ def test_out_of_range_is_refused_by_name(rows, ranks, h_start, block_m, message)
     starts = np.array([0, 8], np.int32)
     with pytest.raises(ValueError, match=message):
         plan_segments(np.array(rows, np.int32), starts, np.array(ranks, np.int32), block_m, h_start)
-
-
-def test_block_m_grows_with_tokens_but_not_beyond_what_groups_fill():
-    assert block_m_for(num_tokens=256, num_groups=64) == 16
-    assert block_m_for(num_tokens=2048, num_groups=4) == 16
-    assert block_m_for(num_tokens=8192, num_groups=4) == 32
-    assert block_m_for(num_tokens=32768, num_groups=4) == 64
-    assert block_m_for(num_tokens=8192, num_groups=1024) == 16
-    assert block_m_for(num_tokens=0, num_groups=0) in BLOCK_M_CHOICES
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.sampled_from(BLOCK_M_CHOICES))
