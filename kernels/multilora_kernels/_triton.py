@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 triton, which torch may do early: set it in the environment of the process, not in the process."""
 
 
-def jit(kernel: Any) -> Any:
+def jit(kernel: Any = None, **options: Any) -> Any:
     """`triton.jit`, or the bare function without Triton, which then only has to be importable."""
-    return kernel if triton is None else triton.jit(kernel)
+    if kernel is None:
+        return partial(jit, **options)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 def use_kernel(tensor: Tensor) -> bool:

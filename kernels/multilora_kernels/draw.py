@@ -45,7 +45,7 @@ def _gumbel(bits):
     return -tl.log(tl.where(w < 0.015625, series, -tl.log(1.0 - w)))
 
 
-@jit
+@jit(do_not_specialize=["parts"])  # it follows the width of a row in steps that no warm-up knows
 def _draw_kernel(
     logits, temperature, seed, index, floor, last, best, best_token,
     stride, vocab, parts,
@@ -70,7 +70,7 @@ def _draw_kernel(
     tl.store(best_token + row * parts + part, part * BLOCK + at)
 
 
-@jit
+@jit(do_not_specialize=["parts"])
 def _pick_kernel(best, best_token, out, parts, PARTS: tl.constexpr):
     row, part = tl.program_id(0), tl.arange(0, PARTS)
     values = tl.load(best + row * parts + part, mask=part < parts, other=float("-inf"))

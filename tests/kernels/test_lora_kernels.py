@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,12 +184,11 @@ assert y.tolist() == [[6.0] * 5, [0.0] * 5], y
 
 
 def test_planning_needs_no_torch():
-    script = "import importlib.util as u, sys; sys.modules['torch'] = None\n"
-    script += "spec = u.spec_from_file_location('segments', sys.argv[1]); module = u.module_from_spec(spec)\n"
-    script += "sys.modules['segments'] = module; spec.loader.exec_module(module)\n"
-    script += (
-        "import numpy as np; i = np.zeros(1, np.int32); assert module.plan_segments(i, i, i + 4, 16).num_tiles == 1"
-    )
-    path = sys.modules[plan_segments.__module__].__file__
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
+    # The package itself imports its kernels, and so torch.
+    script = "import sys, types; sys.modules['torch'] = None; package = types.ModuleType('multilora_kernels')\n"
+    script += "package.__path__ = [sys.argv[1]]; sys.modules['multilora_kernels'] = package\n"
+    script += "from multilora_kernels import segments; import numpy as np; i = np.zeros(1, np.int32)\n"
+    script += "assert segments.plan_segments(i, i, i + 4, 16).num_tiles == 1"
+    folder = Path(sys.modules[plan_segments.__module__].__file__).parent
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

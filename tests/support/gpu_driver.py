@@ -20,7 +20,7 @@ from multilora_backend.adapters.ranks import PAGE
 from multilora_backend.config import Config
 from multilora_backend.core import SamplingParams, Sequence
 from multilora_backend.engine.engine import Engine
-from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, kinds
+from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, to_capture
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, PromptGraphs
 from multilora_backend.engine.prompt_graphs import sizes_up_to as prompt_sizes_up_to
 from multilora_backend.engine.runner import ModelRunner
@@ -28,7 +28,7 @@ from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.loader import attention_modules
 from multilora_backend.models.lora import Grouped, LoraStep
 from multilora_backend.protocol import Failed, Outputs, Submit
-from multilora_kernels import max_tiles, rank_block_for
+from multilora_kernels import ANY_RANKS, FEW_RANKS, max_tiles, rank_block_for
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ def stand_in_for_graphs(runner: ModelRunner, max_rows: int, max_slots: int) -> N
     inputs, page_size = runner._inputs, runner._page_size
     logits = torch.empty(max_slots, runner._model.config.vocab_size, dtype=runner._model.dtype)
     decode = DecodeGraphs(runner.forward, attention, lora, inputs, page_size, logits)
-    for rows, tier, rank_block in sorted(kinds(max_slots, lora.tiers if isinstance(lora, Bordered) else ())):
+    tiers = lora.tiers if isinstance(lora, Bordered) else ()
+    graphs = [(*graph, ranks) for ranks in (ANY_RANKS, FEW_RANKS) for graph in to_capture(ranks, max_slots, tiers)]
+    for rows, tier, rank_block in sorted(graphs):
         segments = lora.base_step(rows, tier, rank_block).segments if tier else None
         tiles = 0 if segments is None else segments.num_tiles
         later: Any = None  # the graph and its stand-in know each other

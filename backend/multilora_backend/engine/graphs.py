@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from multilora_backend.models.bordered import Bordered
 from multilora_backend.models.flashinfer_attention import FlashInferAttention
 from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.lora import LoraStep, LoraStrategy
-from multilora_kernels import ANY_RANKS, FEW_RANKS, rank_block_for, row_step
+from multilora_kernels import ANY_RANKS, rank_block_for, row_step
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +71,14 @@ def tiers_for(rows: int, tiers: tuple[int, ...]) -> list[int]:
     return [0, *(tier for tier in tiers if tier <= most)]
 
 
-def kinds(max_rows: int, tiers: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(rows, tier, rank_block) of the graphs to capture, in that order."""
-    for rank_block in (ANY_RANKS, FEW_RANKS):
-        for rows in reversed(sizes_up_to(max_rows)):
-            for tier in reversed(tiers_for(rows, tiers)):
-                if tier or rank_block == ANY_RANKS:
-                    yield rows, tier, rank_block
+def to_capture(rank_block: int, max_rows: int, tiers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(rows, tier) of the graphs for that many ranks, in the order of capture. Base traffic has none: ANY_RANKS."""
+    return [
+        (rows, tier)
+        for rows in reversed(sizes_up_to(max_rows))
+        for tier in reversed(tiers_for(rows, tiers))
+        if tier or rank_block == ANY_RANKS
+    ]
 
 
 class DecodeGraphs:
@@ -100,36 +100,39 @@ class DecodeGraphs:
         self._inputs = inputs
         self._page_size = page_size
         self._logits = logits
+        self._backends: dict[int, AttentionBackend] = {}
+        self._pool: Any = None
         self._graphs: dict[tuple[int, int], dict[int, DecodeGraph]] = {}
         """By tier and rank_block, then rows; ascending in rows."""
 
     def find(self, rows: int, tier: int | None, max_rank: int) -> DecodeGraph | None:
-        """The smallest graph of that tier that holds the rows, for few ranks if it may be; None: run it eagerly."""
+        """The smallest graph of that tier that holds the rows, of two the one for few ranks; None: run it eagerly."""
         if tier is None:
             return None
+        found = []
         for rank_block in sorted({rank_block_for(max_rank), ANY_RANKS}):
             by_rows = self._graphs.get((tier, rank_block), {})
-            graph = next((graph for size, graph in by_rows.items() if size >= rows), None)
-            if graph is not None:
-                return graph
-        return None
+            found += [graph for size, graph in by_rows.items() if size >= rows][:1]
+        return min(found, key=lambda graph: graph.rows, default=None)
 
     @torch.inference_mode()
-    def capture(self, budget_bytes: int) -> int:
+    def capture(self, rank_block: int, budget_bytes: int) -> int:
         """Captures the largest first, since smaller ones fit into its memory; stops when the budget is spent.
 
-        Those that serve any step come before those that serve few ranks faster. Returns the bytes that the graphs take.
+        First those for ANY_RANKS, which any step can do with; those for FEW_RANKS are only faster. Returns the bytes
+        that the graphs take.
         """
         started = time.monotonic()
         free_before, _ = torch.cuda.mem_get_info()
         tiers = self._lora.tiers if isinstance(self._lora, Bordered) else ()
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         count, spent = 0, 0
-        attention = {rows: self._attention.for_graph(rows) for rows in sizes_up_to(len(self._logits))}
-        for rows, tier, rank_block in kinds(len(self._logits), tiers):
+        for rows, tier in to_capture(rank_block, len(self._logits), tiers):
             if spent > budget_bytes:
                 break
-            graph = self._capture(rows, tier, rank_block, attention[rows], pool)
+            if rows not in self._backends:
+                self._backends[rows] = self._attention.for_graph(rows)
+            graph = self._capture(rows, tier, rank_block, self._backends[rows], self._pool)
             self._graphs.setdefault((tier, rank_block), {})[rows] = graph
             count += 1
             spent = free_before - torch.cuda.mem_get_info()[0]

@@ -18,6 +18,7 @@ from multilora_backend.engine.graphs import DecodeGraphs
 from multilora_backend.engine.host_pages import HostPageStore
 from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraphs
 from multilora_backend.engine.sampler import Pending, Sampled, Sampler
+from multilora_backend.engine.warm_up import warm_up_rows
 from multilora_backend.models import context
 from multilora_backend.models.attention import AttentionBackend
 from multilora_backend.models.batch import Batch
@@ -26,9 +27,12 @@ from multilora_backend.models.inputs import StepInputs
 from multilora_backend.models.loader import LoadedModel, attention_modules
 from multilora_backend.models.lora import Grouped, LoraStep, LoraStrategy, Reference
 from multilora_backend.models.moe import capturable
-from multilora_kernels import ROW_STEPS, max_packed
+from multilora_kernels import ANY_RANKS, FEW_RANKS, max_packed
 
 log = logging.getLogger(__name__)
+
+ROW_ALIGNMENT = 16
+"""Elements: Triton compiles one kernel for strides that are multiples of it, and one for all others."""
 
 
 @dataclass(frozen=True)
@@ -166,20 +170,25 @@ class ModelRunner:
     def warm_up(self, max_rows: int) -> None:
         """Runs every variant of the kernels that an eager step may need, so that no request waits for a compiler."""
         everything = self._lora.extras.everything()
-        for rows in sorted({min(n, max_rows) for n in (1, 17, *(n + 16 for n in ROW_STEPS), 1040, 4112, max_rows)}):
+        num_experts = max((site.experts for site in self._model.sites), default=0)
+        top_k = int(self._model.config.num_experts_per_tok) if num_experts else 0
+        for rows in warm_up_rows(max_rows, top_k, num_experts):
             steps = [LoraStep()]
             if isinstance(self._lora, Grouped):
                 steps += self._lora.variants(rows)
                 if everything is not None:
                     steps += [replace(step, extras=everything) for step in steps[1:]]
-                if any(site.experts for site in self._model.sites):
+                if num_experts:
                     steps += [replace(step, experts=True) for step in steps[1:]]
             for step in steps:
                 logits = self._run_idle(rows, step)
         self.sampler.warm_up(logits)
         if everything is not None:
-            # An adapter may know more tokens than the model: rows that begin anywhere take kernels of their own.
-            self.sampler.warm_up(F.pad(logits, (0, 1)))
+            # An adapter may know more tokens than the model: rows that begin anywhere take kernels of their own, and
+            # those that begin on whole vectors too.
+            width = logits.shape[1]
+            for wider in (width + 1, (width // ROW_ALIGNMENT + 1) * ROW_ALIGNMENT):
+                self.sampler.warm_up(F.pad(logits, (0, wider - width)))
 
     def _run_idle(self, rows: int, step: LoraStep) -> Tensor:
         """A step of one slot whose pages are all the trash page."""
@@ -189,7 +198,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, max_rows: int, max_slots: int, budget_bytes: int) -> None:
-        """Captures decode steps, then steps with prompts, within the budget.
+        """Captures decode steps, steps with prompts, and decode steps of few ranks once more, within the budget.
 
         Does nothing without FlashInfer, for the reference of LoRA, which reads its plan on the host, and for experts
         that torch can only loop over.
@@ -204,10 +213,11 @@ class ModelRunner:
         shape = (max_slots, model.config.vocab_size)
         logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
         decode = DecodeGraphs(self.forward, attention, self._lora, inputs, page_size, logits)
-        spent = logits.nbytes + decode.capture(budget_bytes - logits.nbytes)
+        spent = logits.nbytes + decode.capture(ANY_RANKS, budget_bytes - logits.nbytes)
         layer = attention_modules(model.module)[0]
         prompts = PromptGraphs(self.forward, layer, self._lora, inputs, page_size, logits)
         spent += prompts.capture(max_rows, budget_bytes - spent)
+        spent += decode.capture(FEW_RANKS, budget_bytes - spent)
         log.info("CUDA graphs take %.2f GiB of a budget of %.2f GiB", spent / 2**30, budget_bytes / 2**30)
         if spent > budget_bytes:
             log.warning("cuda_graph_bytes is spent: some steps run in larger graphs than they need, or eagerly")

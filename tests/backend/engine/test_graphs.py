@@ -10,7 +10,7 @@ import pytest
 
 import tiny_models
 from gpu_driver import Driver, Mode
-from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, kinds, sizes_up_to, tiers_for
+from multilora_backend.engine.graphs import DecodeGraph, DecodeGraphs, sizes_up_to, tiers_for, to_capture
 from multilora_kernels import ANY_RANKS, FEW_RANKS
 
 ADAPTERS = {
@@ -136,7 +136,7 @@ def test_find_takes_the_smallest_graph_of_just_that_tier():
         for tier, rank_block, sizes in (
             (0, ANY_RANKS, (1, 2, 4, 8)),
             (64, ANY_RANKS, (2, 8)),
-            (64, FEW_RANKS, (4,)),
+            (64, FEW_RANKS, (4, 8)),
             (128, ANY_RANKS, (8,)),
         )
     }
@@ -147,8 +147,10 @@ def test_find_takes_the_smallest_graph_of_just_that_tier():
 
     assert found(3, 0, 0) == (4, 0, ANY_RANKS)
     assert found(1, 64, 17) == (2, 64, ANY_RANKS)
-    assert found(1, 64, 16) == (4, 64, FEW_RANKS), "more rows, but the kernels that suit it"
-    assert found(5, 64, 16) == (8, 64, ANY_RANKS), "none for few ranks was captured"
+    assert found(1, 64, 16) == (2, 64, ANY_RANKS), "the kernels that suit it are not worth more rows"
+    assert found(3, 64, 16) == (4, 64, FEW_RANKS)
+    assert found(5, 64, 16) == (8, 64, FEW_RANKS), "of two that pad alike"
+    assert found(9, 64, 16) is None
     assert found(3, 64, 40) == found(8, 64, 40) == (8, 64, ANY_RANKS)
     assert found(1, 128, 9) == (8, 128, ANY_RANKS)
     assert found(9, 0, 0) is None
@@ -157,15 +159,11 @@ def test_find_takes_the_smallest_graph_of_just_that_tier():
 
 
 @pytest.mark.parametrize("tiers", [(), (64, 128, 256)])
-def test_graphs_for_any_ranks_are_captured_first_and_the_largest_of_each(tiers: tuple[int, ...]):
-    order = list(kinds(20, tiers))
-    assert len(order) == len(set(order))
-    of_any = [(rows, tier) for rows, tier, rank_block in order if rank_block == ANY_RANKS]
-    assert set(of_any) == {(rows, tier) for rows in sizes_up_to(20) for tier in tiers_for(rows, tiers)}
-    assert [rank_block for *_, rank_block in order[: len(of_any)]] == [ANY_RANKS] * len(of_any)
-    of_few = [(rows, tier) for rows, tier, rank_block in order if rank_block == FEW_RANKS]
-    assert of_few == [(rows, tier) for rows, tier in of_any if tier], "base traffic has no ranks"
+def test_the_largest_graphs_are_captured_first(tiers: tuple[int, ...]):
+    of_any, of_few = (to_capture(rank_block, 20, tiers) for rank_block in (ANY_RANKS, FEW_RANKS))
+    assert sorted(of_any) == [(rows, tier) for rows in sizes_up_to(20) for tier in tiers_for(rows, tiers)]
     assert of_any == sorted(of_any, reverse=True)
+    assert of_few == [(rows, tier) for rows, tier in of_any if tier], "base traffic has no ranks"
 
 
 def test_adapters_of_few_ranks_are_not_slowed_by_what_larger_ones_need(folder: Path, expected: dict):

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which eager steps meet every variant of the LoRA kernels, so that no request waits for a compiler."""
+
+from __future__ import annotations
+
+from multilora_kernels import block_m_for, row_step
+
+
+def warm_up_rows(max_rows: int, top_k: int = 0, num_experts: int = 0) -> list[int]:
+    """Row counts, ascending: the first of each variant up to `max_rows`, by tiles and by row step.
+
+    With experts the kernels also run on visits, `top_k` a row, and take the variants of so many rows.
+    """
+    first: dict[tuple[bool, int, int], int] = {}
+    for rows in range(1, max_rows + 1):
+        first.setdefault((False, block_m_for(rows, 1), row_step(rows)), rows)
+        if num_experts:
+            visits = rows * top_k
+            first.setdefault((True, block_m_for(visits, num_experts), row_step(visits)), rows)
+    # One row, and a number that 16 does not divide: sizes for which Triton compiles kernels of their own.
+    return sorted({1, min(17, max_rows), *first.values(), max_rows})
