@@ -13,6 +13,7 @@ import torch
 import gpu_models
 from extras_models import save_trained
 from multilora_backend.core import Sequence
+from multilora_kernels import block_m_for, row_step
 from step_lab import StepLab
 
 VOCAB = 61
@@ -31,8 +32,9 @@ Spans = list[tuple[Sequence, int, int]]
 def make(tmp_path: Path) -> Iterator[Callable[..., StepLab]]:
     labs: list[StepLab] = []
 
-    def made(family: str, **settings: Any) -> StepLab:
-        gpu_models.save_model(tmp_path / "model", family, tie_word_embeddings=False)
+    def made(family: str, num_experts_per_tok: int = 0, **settings: Any) -> StepLab:
+        sparse = {"num_experts_per_tok": num_experts_per_tok} if num_experts_per_tok else {}
+        gpu_models.save_model(tmp_path / "model", family, tie_word_embeddings=False, **sparse)
         # Knows one token less than the model.
         save_trained(
             tmp_path / "model", tmp_path / "adapters" / "fewer", vocabulary=VOCAB - 1, target_modules=["q_proj"]
@@ -104,6 +106,20 @@ def test_warm_up_samples_from_longer_rows_if_adapters_may_make_them(make: Callab
         monkeypatch.setattr(runner.sampler, "launch", noting)
         runner.warm_up(4)
         assert widths == expected, "1 byte has no room for what an adapter may have"
+
+
+def test_warm_up_meets_the_kernels_of_visits_to_experts(make: Callable[..., StepLab], monkeypatch):
+    """129 to 512 rows of four visits each: tiles of 16 rows, but as many rows as have variants of their own."""
+    runner = make("qwen3_moe", num_experts_per_tok=4, max_num_batched_tokens=600).engine.runner
+    visits, met = runner._lora.visits, set()
+
+    def noting(rows: torch.Tensor, experts: torch.Tensor, num_experts: int) -> Any:
+        met.add((block_m_for(len(experts), num_experts), row_step(len(experts))))
+        return visits(rows, experts, num_experts)
+
+    monkeypatch.setattr(runner._lora, "visits", noting)
+    runner.warm_up(600)
+    assert met == {(16, 0), (16, 1), (16, 2), (32, 2)}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
