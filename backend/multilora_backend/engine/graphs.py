@@ -109,11 +109,13 @@ class DecodeGraphs:
         """The smallest graph of that tier that holds the rows, of two the one for few ranks; None: run it eagerly."""
         if tier is None:
             return None
-        found = []
+        best: DecodeGraph | None = None
         for rank_block in sorted({rank_block_for(max_rank), ANY_RANKS}):
             by_rows = self._graphs.get((tier, rank_block), {})
-            found += [graph for size, graph in by_rows.items() if size >= rows][:1]
-        return min(found, key=lambda graph: graph.rows, default=None)
+            graph = next((graph for size, graph in by_rows.items() if size >= rows), None)
+            if graph is not None and (best is None or graph.rows < best.rows):
+                best = graph
+        return best
 
     @torch.inference_mode()
     def capture(self, rank_block: int, budget_bytes: int) -> int:

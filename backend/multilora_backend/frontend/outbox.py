@@ -74,8 +74,7 @@ class Delivery:
     """None for a request that was refused."""
     builder: Builder | None = None
     arrival: float = field(default_factory=time.monotonic)
-    retokenised: int = 0
-    """How often."""
+    times_retokenised: int = 0
     incoming: deque[Output | MultiloraError] = field(default_factory=deque)
     """What the sender thread has not looked at yet. Anybody appends, by `Outbox.push`."""
     queued: bool = False

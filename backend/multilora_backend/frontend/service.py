@@ -151,10 +151,10 @@ class Service(Listener):
         assert delivery.request is not None
         (card, tokenizers), request = self._model_side, delivery.request
         try:
-            if delivery.retokenised >= MAX_RETOKENISED:
+            if delivery.times_retokenised >= MAX_RETOKENISED:
                 why = f"the tokens of LoRA {request.adapter} have changed {MAX_RETOKENISED} times meanwhile"
                 raise MultiloraError(ErrorCode.UNAVAILABLE, f"{why}; please retry")
-            delivery.retokenised += 1
+            delivery.times_retokenised += 1
             tokenizer = tokenizers.learn(request.adapter, added)
             self._send(delivery, retokenised(request, card, tokenizer), tokenizer)
             if delivery.request_id not in self._in_flight:  # cancelled meanwhile, when the engine did not have it
