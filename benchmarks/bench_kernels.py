@@ -25,7 +25,7 @@ import torch
 from kernel_cases import LLAMA_8B, SMALL, Batch, Case, Maker
 from kernel_tuning import Tuned, tune
 
-from multilora_kernels import Segments, block_m_for
+from multilora_kernels import Segments, block_m_for, rank_block_for
 
 L2_BYTES = 128 * 2**20
 """More than twice the 50 MiB of H100 and H200."""
@@ -141,7 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() > deadline:
             print(f"stopped after {options.seconds:.0f} s, before {case.op} {case.site} {case.batch}")
             break
-        batch, block_m = case.batch, block_m_for(case.batch.tokens, case.batch.adapters)
+        batch, block_m = (
+            case.batch,
+            block_m_for(case.batch.tokens, case.batch.adapters, rank_block_for(case.batch.rank)),
+        )
         row: dict[str, Any] = {
             "op": case.op, "site": case.site, "tokens": batch.tokens, "adapters": batch.adapters, "rank": batch.rank,
             "block_m": block_m if batch.adapters else 0, "bytes": case.bytes, "flops": case.flops,

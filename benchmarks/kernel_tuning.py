@@ -12,17 +12,19 @@ from typing import Any
 
 from kernel_cases import Case
 
+from multilora_kernels.grouped_shrink import Blocks
+
 BLOCK_M = "block_m"
 """Of the plan, not of a file: all kernels of a step share it."""
-Value = int | tuple[int, ...]
+Value = int | tuple[int | Blocks, ...]
 """Of several constants, separated by spaces: one for all or one for each."""
 CHOICES: dict[str, dict[str, Sequence[Value]]] = {
     "grouped_shrink": {
         BLOCK_M: (16, 32, 64),
-        "MAX_BLOCK_C": (16, 32, 64, 128),
-        "BLOCK_K BLOCK_K_NARROW": (64, 128, 256, 512),
-        "NUM_STAGES": (3, 4, 5),
-        "NUM_WARPS": (2, 4, 8),
+        "ONE_SLICE SLICES": tuple(
+            (Blocks(c, k, stages),) * 2 for c in (16, 32, 64) for k in (128, 256, 512, 1024) for stages in (3, 4)
+        ),
+        "SPLIT NUM_WARPS": (2, 4, 8),
     },
     "grouped_expand": {
         BLOCK_M: (16, 32, 64),

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import sys
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def jit(kernel: Any = None, **options: Any) -> Any:
 def use_kernel(tensor: Tensor) -> bool:
     """Whether an op on this tensor runs its kernel; otherwise its torch reference, which runs anywhere."""
     return triton is not None and (tensor.is_cuda or INTERPRETED)
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have: 227 KiB on Hopper, less on most others; no limit on a CPU."""
+    if device.type != "cuda":
+        return sys.maxsize
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def row_stride(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> int:

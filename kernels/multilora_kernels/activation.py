@@ -17,7 +17,7 @@ from multilora_kernels.delta import Delta
 from multilora_kernels.grouped_expand import grouped_expand_reference, load_b, load_h
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
 from multilora_kernels.tiles import load_tokens
-from multilora_kernels.variants import LARGE_BLOCK_M, rank_passes
+from multilora_kernels.variants import FEW_RANKS, LARGE_BLOCK_M, Passes, rank_passes
 
 # Without LoRA a thread has one 16-byte load of gate and one of up in flight. BLOCK_N 512 to 2,048 and 2 to 8 warps are
 # within noise: 6.8 us for 256 tokens of Llama-3.1-8B, 44.5 for 2,048 (H200, cold L2, 2026-11-27).
@@ -29,13 +29,17 @@ BLOCK_N_DELTA, NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 128, 4, 8
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. Most ranks are one block, which leaves nothing to pipeline.
 NUM_STAGES = 1
-# At ranks of 30, of 8 to 64, and of 64 alone (H200, 2026-11-27) 256 rows take 16.8, 17.7 and 18.2 us, with (32, 32)
-# 18.5, 19.4 and 20.0; a row of rank 64 4.9 for 6.9; 2,048 rows of the first two 82.7 and 81.3, with (32, 16) 77.7 and
-# 88.2.
-PASSES = ((32, 32), (16, 16), (16, 16))
-# Few ranks in 16 bits and BLOCK_M 16 need no more. Without the limit ptxas, which then uses as many, waits for the
-# first part of B before it has asked for gate and up.
-MAX_REGISTERS = 56
+# Few ranks without the limit: ptxas, which then uses as many registers, waits for the first part of B before it has
+# asked for gate and up. Any ranks: 16 adapters of rank 30, 16 of 8 to 64, one of 64 (H200, 2026-11-27), 64 rows 13.0,
+# 14.5 and 7.6 us, without a limit 13.8, 15.7 and 7.0, with (16, 16) 13.0, 13.8 and 7.5, but then a row of rank 64 takes
+# 6.9 for 4.9; 256 rows 17.0, 17.1 and 18.6, without a limit 17.2, 17.9 and 18.3, with (32, 32) 17.8, 18.8 and 18.9.
+# 2,048 rows of 8 adapters, in tiles of 32 rows, 70.5, 74.8 and 91, with (16, 16) 75.0, 74.0 and 93.
+PASSES = (
+    Passes(FEW_RANKS, 0, {16: 56}),
+    Passes(32, 32, {16: 80}),
+    Passes(16, 16, {16: 80}),
+    Passes(32, 16, {16: 72, 32: 128}),
+)
 KINDS = ("silu", "gelu_tanh")
 
 
@@ -122,23 +126,22 @@ def _launch(
     stride_gate_up = row_stride("gated_activation", "gate_up", gate_up, dtype)
     if h is None or b is None or tiles is None:
         stride_h, stride_b, parts = 0, 0, num_rows
-        block_n, num_warps, block_r, more_r, registers = BLOCK_N, NUM_WARPS, 1, 0, None
+        block_n, num_warps, passes = BLOCK_N, NUM_WARPS, Passes(1, 0)
     else:
         stride_h = row_stride("gated_activation", "h", h, dtype)
         stride_b = row_stride("gated_activation", "b", b, dtype)
         parts = tiles.shape[0]
-        block_r, more_r = rank_passes(rank_block, num_rows, PASSES)
+        passes = rank_passes(rank_block, num_rows, PASSES)
         large = block_m >= LARGE_BLOCK_M
         block_n, num_warps = BLOCK_N_DELTA, NUM_WARPS_LARGE_M if large else NUM_WARPS_SMALL_M
-        small = block_m == 16 and block_r == 16 and not more_r and dtype.itemsize == 2
-        registers = MAX_REGISTERS if small else None
     # Without fused multiply-add: two forms of the kernel and torch's separate operators then agree in float32 too.
     _activation_kernel[(-(-width // block_n), parts)](
         gate_up, out, h, b, rows, tiles,
         width, stride_gate_up, stride_h, stride_b,
-        KIND=kind, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
-        MORE_R=more_r, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False, maxnreg=registers,
+        KIND=kind, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=passes.first,
+        MORE_R=passes.more, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
+        num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
+        maxnreg=passes.most_registers(block_m, dtype.itemsize),
     )  # fmt: skip
     return out
 

@@ -17,7 +17,7 @@ from multilora_kernels._triton import jit, row_stride, tl, use_kernel
 from multilora_kernels.delta import Delta
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
 from multilora_kernels.tiles import load_tokens
-from multilora_kernels.variants import rank_passes
+from multilora_kernels.variants import FEW_RANKS, Passes, rank_passes
 
 # Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24: o takes 4.2 us at 256 tokens of 16 adapters and 13.9 at 2,048 of 4,
 # where it moves as many bytes a second as a copy. BLOCK_N 64 and 256 and 2 and 8 warps are no better in any shape
@@ -27,9 +27,10 @@ NUM_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
 # From BLOCK_M 64 the dot is a wgmma whose left operand is in registers (h is masked after the load); pipelined, such a
 # loop is miscompiled for sm_90 by ptxas before 13.3. One or two rank blocks leave nothing to pipeline anyway.
 NUM_STAGES = 1
-# At ranks of 30, of 8 to 64, and of 64 alone (H200, 2026-11-27) 256 rows of o take 5.0, 4.7 and 4.1 us, with (32, 32)
-# 4.5, 5.6 and 4.8; a row of rank 64 2.0 for 2.7; 2,048 rows of the first two 14.9 and 16.3, with (64, 64) 18.4 both.
-PASSES = ((64, 64), (64, 64), (32, 16))
+# 16 adapters of rank 30, 16 of 8 to 64, one of 64 (H200, 2026-11-27): 256 rows of o take 5.2, 4.9 and 4.1 us, with (32,
+# 32) and 80 registers 4.7, 5.1 and 4.4; 512 rows 5.9, 6.1 and 5.8, without a limit 6.0, 6.1 and 6.0, with (64, 64) 6.9,
+# 6.5 and 5.9. 2,048 rows of 8 adapters, in tiles of 32 rows, 13.1, 14.3 and 17.5, with (32, 32) 13.4, 14.1 and 17.7.
+PASSES = (Passes(FEW_RANKS, 0), Passes(64, 16, {16: 64}), Passes(64, 16, {16: 64}), Passes(32, 16, {16: 64, 32: 96}))
 
 
 @jit
@@ -105,16 +106,16 @@ def _launch(
     num_tiles = tiles.shape[0]
     if num_tiles == 0:
         return
-    block_r, more_r = rank_passes(rank_block, y.shape[0], PASSES)
+    passes = rank_passes(rank_block, y.shape[0], PASSES)
     blocks = 0
     for width in widths:
         blocks -= -width // BLOCK_N
     _expand_kernel[(blocks, num_tiles)](
         y, h, b, rows, tiles,
         stride_y, stride_h, stride_b,
-        WIDTHS=tuple(widths), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_R=block_r,
-        MORE_R=more_r, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES,
+        WIDTHS=tuple(widths), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_R=passes.first,
+        MORE_R=passes.more, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
+        num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES, maxnreg=passes.most_registers(block_m, y.itemsize),
     )  # fmt: skip
 
 

@@ -2,41 +2,56 @@
 """h = x A^T for every slice of a fused linear, over tokens sorted by adapter, each adapter at its own rank.
 
 An adapter's A of all slices is one block of rows in the pool, so a program takes BLOCK_C of those rows whatever slices
-they belong to: rank 8 with three slices is 24 rows and not three padded blocks, and x is read once where they fit.
+they belong to: rank 8 with three slices is 24 rows and not three padded blocks.
 
-A row's result does not depend on the other rows or on its place among them, as long as block_m and the rank block (16
-or 32, from the step's largest rank) are the same: they choose the kernel, which fixes the order of the sums over K.
+A row's result does not depend on the other rows or on its place among them, as long as block_m is the same: it and the
+linear choose the kernel, which fixes the order of the sums over K.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from multilora_kernels._triton import jit, row_stride, tl, use_kernel
+from multilora_kernels._triton import jit, row_stride, shared_memory, tl, use_kernel
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, Segments, padded_rank
 from multilora_kernels.tiles import load_tokens
+from multilora_kernels.variants import ROW_STEPS, row_step
 
-# Llama-3.1-8B, rank 16, H200, cold L2, 2026-11-24, us at 256 tokens of 16 adapters and 2048 of 4. The kernel streams x
-# and A, so what counts is bytes in flight, (NUM_STAGES - 1) * (block_m + BLOCK_C) * BLOCK_K: BLOCK_K 64 takes 1.9 times
-# as long and 128 1.3 times. With one slice (BLOCK_C 16) 512 is better than 256: o 8.2 / 9.5 for 8.6 / 9.9, down
-# 21.4 / 23.9 for 23.8 / 27.1; with two (gate_up) it is worse, 9.2 / 10.5 for 8.8 / 10.0, with three too large.
-BLOCK_K = {16: 256, 32: 256, 64: 128, 128: 64}
-BLOCK_K_NARROW = 512
-# 5 stages are within noise, 3 cost up to 20%. 2 warps gain 4% in some shapes and lose up to 60% in others, 8 lose 30%.
-NUM_STAGES = 4
-NUM_WARPS = {16: 4, 32: 4, 64: 4, 128: 4}
-# One program for all slices up to here: x is read once, though fewer programs share the work. qkv at 2048/4 tokens
-# takes 12.4 us, with 32 15.3 and with 16 17.8; at 256/16, which a decode step does not take here, 11.1, 9.1 and 9.1.
-MAX_BLOCK_C = 64
+
+class Blocks(NamedTuple):
+    """What a program takes at a time, in 16 bits."""
+
+    c: int
+    """Rows of A."""
+    k: int
+    """Columns of x and A, half as many in float32."""
+    stages: int
+    """One more than there are blocks of K on their way."""
+
+
+# What a program would wait for is one 16-wide mma after another, each on the sum of the one before: `down` (K 14,336)
+# took 20 us even for one token. So each warp sums its own part of every block of K, and the parts are added up at the
+# end, always in the same order. Us at Llama-3.1-8B's linears before and since, x in L2 (H100, 2026-11-27): 256 tokens
+# of 4 adapters of rank 16 qkv 8.0 / 6.4, o 7.8 / 6.1, gate_up 8.1 / 6.4, down 19.7 / 11.2; 2,048 tokens 12.0 / 11.5,
+# 8.9 / 7.3, 8.8 / 9.4, 23.9 / 21.5. Fewer columns at a time take longer (256 for 1,024 a fifth, at `down` half), 8
+# warps 5 to 15%; 32 rows of A read x half as often, which pays only where there are more programs than the GPU holds.
+SPLIT = NUM_WARPS = 4
+ONE_SLICE = {16: Blocks(16, 1024, 4), 32: Blocks(16, 512, 4), 64: Blocks(16, 256, 4), 128: Blocks(16, 128, 3)}
+SLICES = {16: Blocks(16, 512, 4), 32: Blocks(32, 256, 4), 64: Blocks(16, 256, 4), 128: Blocks(16, 128, 3)}
+# Many rows have more programs than fit; with one stage less a third one fits an SM: qkv 11.5 for 16.4 us at 2,048.
+STAGES_MANY_ROWS = 3
 
 
 @jit
 def _shrink_kernel(
     x, a, h, rows, tiles,
     slices, k_size, stride_x, stride_a, stride_h,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     TILE_FIELDS: tl.constexpr, RANK_PAGE: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile are neighbours in axis 0, so that all but the first find x in L2.
@@ -51,35 +66,37 @@ def _shrink_kernel(
         c = first_c + tl.arange(0, BLOCK_C)
         # Rows of A behind the adapter's own block may be another's NaN: they are not read.
         c_ok = c < slices * padded
-        x_rows = x + token[:, None] * stride_x
-        a_rows = a + (rank_start * slices + c)[None, :].to(tl.int64) * stride_a
-        acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+        x_rows = x + token[None, :, None] * stride_x
+        a_rows = a + (rank_start * slices + c)[None, None, :].to(tl.int64) * stride_a
+        # Blocks are [parts of K, rows, K] and [parts of K, K, columns]: a warp has a part to itself.
+        PART: tl.constexpr = BLOCK_K // SPLIT
+        part = tl.arange(0, SPLIT)[:, None] * PART + tl.arange(0, PART)[None, :]
+        acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_C), dtype=tl.float32)
         for k in range(0, k_size, BLOCK_K):
-            kk = k + tl.arange(0, BLOCK_K)
+            kk = k + part
             k_ok = kk < k_size
-            x_tile = tl.load(x_rows + kk[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-            a_tile = tl.load(a_rows + kk[:, None], mask=c_ok[None, :] & k_ok[:, None], other=0.0)
+            x_tile = tl.load(x_rows + kk[:, None, :], mask=row_ok[None, :, None] & k_ok[:, None, :], other=0.0)
+            a_tile = tl.load(a_rows + kk[:, :, None], mask=c_ok[None, None, :] & k_ok[:, :, None], other=0.0)
             acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
         column = h_start * slices + c // padded * h_stride + c % padded
         h_at = h + token[:, None] * stride_h + column[None, :]
-        tl.store(h_at, acc.to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
+        tl.store(h_at, tl.sum(acc, axis=0).to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
-def block_c_for(slices: int, rank_block: int) -> int:
-    """Rows of A that one program takes. Not of the step's size: every value is a kernel that has to be compiled."""
-    block = 16
-    while block < min(slices * rank_block, MAX_BLOCK_C):
-        block *= 2
-    return block
-
-
-def block_k_for(block_m: int, block_c: int, itemsize: int) -> int:
-    """Columns of x and A at a time, half as many in float32."""
-    return (BLOCK_K_NARROW if block_m == block_c == 16 else BLOCK_K[block_m]) * 2 // itemsize
+@lru_cache
+def blocks_for(block_m: int, slices: int, rows_step: int, itemsize: int, room: int) -> Blocks:
+    """Not of ranks: every value is a kernel that has to be compiled. `room`: bytes of shared memory of a program."""
+    blocks = (ONE_SLICE if slices == 1 else SLICES)[block_m]
+    if slices > 1 and block_m == 16 and rows_step == len(ROW_STEPS):
+        blocks = blocks._replace(stages=STAGES_MANY_ROWS)
+    k = blocks.k * 2 // itemsize
+    while (blocks.stages - 1) * (block_m + blocks.c) * k * itemsize > room:
+        k //= 2
+    return blocks._replace(k=k)
 
 
 def _launch(
-    x: Tensor, a: Tensor, slices: int, rows: Tensor, tiles: Tensor, block_m: int, rank_block: int, most: int, ranks: int
+    x: Tensor, a: Tensor, slices: int, rows: Tensor, tiles: Tensor, block_m: int, most: int, ranks: int
 ) -> Tensor:
     num_rows, k_size = x.shape
     dtype = x.dtype
@@ -88,15 +105,15 @@ def _launch(
     h = x.new_empty((num_rows, columns))
     if columns == 0 or num_tiles == 0:
         return h
-    block_c = block_c_for(slices, rank_block)
+    block_c, block_k, stages = blocks_for(block_m, slices, row_step(num_rows), x.itemsize, shared_memory(x.device))
     # Programs for what an adapter of the step may fill, not for all of h: one with nothing to do waits for room on an
     # SM like any other. In a border of 64 ranks 2,048 rows of rank 16 took 18 us at gate_up (H100, 2026-11-27).
     _shrink_kernel[(-(-slices * most // block_c), num_tiles)](
         x, a, h, rows, tiles,
         slices, k_size, stride_x, stride_a, columns,
-        BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=block_k_for(block_m, block_c, x.itemsize),
+        BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_K=block_k, SPLIT=SPLIT,
         TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
-        num_warps=NUM_WARPS[block_m], num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS, num_stages=stages,
     )  # fmt: skip
     return h
 
@@ -105,8 +122,7 @@ def _launch(
 # custom_op, 1.6 for this one, and a layer has nine.
 torch.library.define(
     "multilora::grouped_shrink",
-    "(Tensor x, Tensor a, int slices, Tensor rows, Tensor tiles, int block_m, int rank_block, int most, int ranks)"
-    " -> Tensor",
+    "(Tensor x, Tensor a, int slices, Tensor rows, Tensor tiles, int block_m, int most, int ranks) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("multilora::grouped_shrink", ("cpu", "cuda"), _launch)
@@ -115,7 +131,7 @@ OP = torch.ops.multilora.grouped_shrink.default
 
 @torch.library.register_fake("multilora::grouped_shrink")
 def _fake(
-    x: Tensor, a: Tensor, slices: int, rows: Tensor, tiles: Tensor, block_m: int, rank_block: int, most: int, ranks: int
+    x: Tensor, a: Tensor, slices: int, rows: Tensor, tiles: Tensor, block_m: int, most: int, ranks: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], slices * ranks)
 
@@ -150,7 +166,7 @@ def grouped_shrink(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks:
         return grouped_shrink_reference(x, a, slices, segments, ranks)
     launch = OP if is_compiling() else _launch
     most = plan.h_ranks
-    return launch(x, a, slices, segments.rows, segments.tiles, plan.block_m, plan.rank_block, most, ranks or most)
+    return launch(x, a, slices, segments.rows, segments.tiles, plan.block_m, most, ranks or most)
 
 
 def grouped_shrink_reference(x: Tensor, a: Tensor, slices: int, segments: Segments, ranks: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from multilora_kernels.grouped_expand import grouped_expand_reference
 from multilora_kernels.rmsnorm import rmsnorm_reference
 from multilora_kernels.rope_kernel import rope_kernel
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS
-from multilora_kernels.variants import LARGE_BLOCK_M, rank_passes
+from multilora_kernels.variants import FEW_RANKS, LARGE_BLOCK_M, Passes, rank_passes
 
 # Without LoRA a program takes this many values of one token, whole heads of q, k or v: at 2 warps two 16-byte loads of
 # 16 bits a thread. 256 to 2,048 values and 1 to 4 warps are within noise: 3.5 us for 256 tokens of Llama-3.1-8B and
@@ -32,9 +32,13 @@ VALUES_PER_PROGRAM, NUM_WARPS = 1024, 2
 NUM_WARPS_SMALL_M, NUM_WARPS_LARGE_M = 4, 8
 # As in grouped_expand: h is masked in registers, which a pipelined wgmma does not survive on sm_90.
 NUM_STAGES = 1
-# At ranks of 30, of 8 to 64, and of 64 alone (H200, 2026-11-27) 256 rows take 5.6, 6.4 and 6.1 us, with (64, 64) 6.8,
-# 6.4 and 5.9; 2,048 rows of the first two 25.9 and 28.6, with (32, 32) 28.6 and 31.3.
-PASSES = ((32, 32), (32, 32), (32, 16))
+# 16 adapters of rank 30, 16 of 8 to 64, one of 64 (H200, 2026-11-27): 256 rows take 5.6, 6.1 and 6.1 us, without a
+# limit 5.6, 6.5 and 6.2, with norms 6.2, 6.7 for 7.3, 8.3; 2,048 rows of 8 adapters, in tiles of 32 rows, 26.1, 28.6
+# and 31.8, with (32, 32) 26.3, 28.2 and 31.3.
+PASSES = (Passes(FEW_RANKS, 0), Passes(32, 32, {16: 80}), Passes(32, 32, {16: 80}), Passes(32, 16, {16: 72, 32: 128}))
+
+# A head of 256 dimensions needs more registers than that: 11.4 us without the limit, 12.9 with it.
+MAX_D_LIMITED = 128
 
 
 def _power_of_2(n: int) -> int:
@@ -65,10 +69,10 @@ def _launch(
     stride_qkv = row_stride("rope_write", "qkv", qkv, q.dtype)
     if h is None or b is None or tiles is None:
         parts, num_warps, stride_h, stride_b = num_rows, NUM_WARPS, 0, 0
-        block_r, more_r = 1, 0
+        passes = Passes(1, 0)
     else:
         parts, num_warps = tiles.shape[0], NUM_WARPS_LARGE_M if block_m >= LARGE_BLOCK_M else NUM_WARPS_SMALL_M
-        block_r, more_r = rank_passes(rank_block, num_rows, PASSES)
+        passes = rank_passes(rank_block, num_rows, PASSES)
         stride_h, stride_b = row_stride("rope_write", "h", h, q.dtype), row_stride("rope_write", "b", b, q.dtype)
     groups, block_heads, block_half, block_rest = blocks_for(
         num_heads, num_kv_heads, d, rotary, h is not None, VALUES_PER_PROGRAM
@@ -78,9 +82,10 @@ def _launch(
         qkv, cos, sin, q, kv_cache, slots, q_norm, k_norm, h, b, rows, tiles,
         stride_qkv, kv_cache.stride(0), stride_h, stride_b, eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, D=d, R=rotary, GEMMA=gemma,
-        BLOCK_HEADS=block_heads, BLOCK_M=block_m, BLOCK_R=block_r, MORE_R=more_r,
+        BLOCK_HEADS=block_heads, BLOCK_M=block_m, BLOCK_R=passes.first, MORE_R=passes.more,
         BLOCK_HALF=block_half, BLOCK_REST=block_rest, TILE_FIELDS=TILE_FIELDS, RANK_PAGE=RANK_PAGE,
         num_warps=num_warps, num_stages=NUM_STAGES, enable_fp_fusion=False,
+        maxnreg=passes.most_registers(block_m, q.itemsize) if d <= MAX_D_LIMITED else None,
     )  # fmt: skip
 
 

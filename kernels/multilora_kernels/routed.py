@@ -46,7 +46,7 @@ def routed_segments(segments: Segments, tokens: Tensor, experts: Tensor, num_exp
 
 def _on_device(segments: Segments, tokens: Tensor, experts: Tensor, num_experts: int) -> Segments:
     plan, visits, device = segments.plan, len(experts), experts.device
-    block_m = block_m_for(visits, num_experts)
+    block_m = block_m_for(visits, num_experts, plan.rank_block)
     num_tiles = max_tiles(visits, 1 + plan.num_tiles * num_experts, block_m)
     # Every token lies in one tile, which knows its adapter; what is no token lands behind them.
     own = torch.empty(plan.num_tokens + 1, 2, dtype=torch.int64, device=device)
@@ -91,5 +91,5 @@ def routed_segments_reference(segments: Segments, tokens: Tensor, experts: Tenso
     rank = groups[:, 3].repeat(num_experts)
     padded = np.array([padded_rank(int(r)) for r in groups[:, 3]], np.int32)
     start = groups[:, 2, None] * num_experts + padded[:, None] * np.arange(num_experts, dtype=np.int32)
-    block_m = block_m_for(len(slots), num_experts)
+    block_m = block_m_for(len(slots), num_experts, plan.rank_block)
     return plan_segments(slots, start.reshape(-1).astype(np.int32), rank, block_m).to(experts.device)

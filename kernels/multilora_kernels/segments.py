@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from multilora_kernels.variants import BLOCK_M_CHOICES, block_m_for, rank_block_for
+from multilora_kernels.variants import ANY_RANKS, BLOCK_M_CHOICES, block_m_for, rank_block_for
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def max_tiles(num_tokens: int, num_groups: int, block_m: int) -> int:
 
 def max_packed(num_tokens: int, num_groups: int) -> int:
     """Most int32 words of a plan for up to `num_tokens` tokens of at most `num_groups` groups, cut by block_m_for."""
-    sizes = [block_m for block_m in BLOCK_M_CHOICES if block_m <= block_m_for(num_tokens, 1)]
+    sizes = [block_m for block_m in BLOCK_M_CHOICES if block_m <= block_m_for(num_tokens, 1, ANY_RANKS)]
     # Above 16 rows a tile is at most twice what a group has on average.
     groups = [num_groups, *(min(num_groups, 2 * num_tokens // block_m) for block_m in sizes[1:])]
     return max(max_tiles(num_tokens, n, m) * (TILE_FIELDS + m) for n, m in zip(groups, sizes, strict=True))

@@ -59,11 +59,14 @@ def test_the_search_finds_a_planted_best_and_leaves_the_constants_alone(script):
     case = script.Maker(script.SMALL, "cpu", torch.float32, 0).grouped_shrink(script.Batch(5, 2, 9), "qkv")
 
     def seconds(case, block_m):
-        return 1 + abs(block_m - 32) + abs(kernel.BLOCK_K[16] - 128) + abs(kernel.NUM_WARPS[16] - 4)
+        return 1 + abs(block_m - 32) + abs(kernel.SLICES[16].k - 256) + abs(kernel.NUM_WARPS - 8)
 
     tuned = tuning.tune(case, 16, seconds)
-    assert dict(tuned.best) == {"block_m": 32, "BLOCK_K BLOCK_K_NARROW": 128}
-    assert tuned.seconds[()] == 1 + 16 + 128
+    best = dict(tuned.best)
+    blocks = best.pop("ONE_SLICE SLICES")
+    assert best == {"block_m": 32, "SPLIT NUM_WARPS": 8}
+    assert [block.k for block in blocks] == [256, 256]
+    assert tuned.seconds[()] == 1 + 16 + 256 + 4
     assert {name: value for name, value in vars(kernel).items() if name.isupper()} == before
 
 

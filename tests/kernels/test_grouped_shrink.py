@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from multilora_kernels import grouped_shrink, grouped_shrink_reference, padded_rank, plan_segments
-from multilora_kernels.grouped_shrink import block_c_for
+from multilora_kernels.grouped_shrink import SPLIT, Blocks, blocks_for
+from multilora_kernels.variants import BLOCK_M_CHOICES
 
 
 def check_against_fp64(h: torch.Tensor, case, segments) -> None:
@@ -24,13 +25,22 @@ def check_against_fp64(h: torch.Tensor, case, segments) -> None:
         assert (error <= (k + 8) * fp32 * magnitude + rounding * expected.abs()).all()
 
 
-@pytest.mark.parametrize(("block_m", "k", "block_c"), [(16, 37, 64), (16, 700, 16), (64, 100, 64), (64, 37, 16)])
-def test_kernel(batch, target, make_case, monkeypatch, block_m, k, block_c):
+@pytest.mark.parametrize(
+    ("block_m", "k", "blocks"),
+    [
+        (16, 37, Blocks(64, 128, 3)),
+        (16, 700, Blocks(16, 256, 4)),
+        (32, 700, Blocks(32, 64, 4)),
+        (64, 100, Blocks(64, 64, 2)),
+        (64, 37, Blocks(16, 128, 4)),
+    ],
+)
+def test_kernel(batch, target, make_case, monkeypatch, block_m, k, blocks):
     rows, ranks = batch
     case = make_case(rows, target, ranks=ranks, k=k)
     segments = case.segments(block_m)
-    module = importlib.import_module(block_c_for.__module__)  # the package has the function under this name
-    monkeypatch.setattr(module, "block_c_for", lambda slices, rank_block: block_c)
+    module = importlib.import_module(blocks_for.__module__)  # the package has the function under this name
+    monkeypatch.setattr(module, "blocks_for", lambda *arguments: blocks)
     check_against_fp64(grouped_shrink(case.x, case.a, case.slices, segments), case, segments)
 
 
@@ -53,7 +63,7 @@ def test_h_is_as_wide_as_a_graphs_largest_rank_when_its_plan_says_so(target, mak
     captured, step = case.segments(16), few.segments(16)
     assert step.plan.h_ranks < captured.plan.h_ranks
     op = torch.ops.multilora.grouped_shrink
-    h = op(few.x, few.a, 3, step.rows, step.tiles, 16, captured.plan.rank_block, *[captured.plan.h_ranks] * 2)
+    h = op(few.x, few.a, 3, step.rows, step.tiles, 16, captured.plan.h_ranks, captured.plan.h_ranks)
     assert h.shape[1] == 3 * captured.plan.h_ranks
     exact = few.a_of(0).double() @ few.x[0].double()
     own = h[0, : 3 * step.plan.h_ranks].view(3, -1)[:, :3].double()
@@ -88,9 +98,25 @@ def test_reference_in_a_border(batch, make_case, reference_target):
     check_in_a_border(grouped_shrink_reference, batch, reference_target, make_case)
 
 
-def test_a_program_takes_all_slices_of_a_rank_block_up_to_a_limit():
-    assert [block_c_for(slices, 16) for slices in (1, 2, 3)] == [16, 32, 64]
-    assert [block_c_for(slices, 32) for slices in (1, 2, 3)] == [32, 64, 64]
+@pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_what_a_program_takes_fits_its_gpu(block_m, kib):
+    """227 KiB on Hopper, 163 on A100, 99 on L40S, L4 and A10."""
+    for slices in (1, 2, 3):
+        for rows_step in (0, 1, 2):
+            widest = blocks_for(block_m, slices, rows_step, 2, 227 * 1024)
+            for itemsize in (2, 4):
+                c, k, stages = blocks_for(block_m, slices, rows_step, itemsize, kib * 1024)
+                assert (stages - 1) * (block_m + c) * k * itemsize <= kib * 1024
+                assert (c, stages) == (widest.c, widest.stages)
+                assert k // SPLIT >= 16, "what tl.dot needs"
+                if kib == 227:
+                    assert k * itemsize == widest.k * 2, "nothing is cut where there is room"
+
+
+def test_many_rows_have_more_programs_on_their_way_and_fewer_bytes_each():
+    stages = [[blocks_for(16, slices, step, 2, 227 * 1024).stages for step in (0, 1, 2)] for slices in (1, 2, 3)]
+    assert stages == [[4, 4, 4], [4, 4, 3], [4, 4, 3]]
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from multilora_kernels._triton import INTERPRETED, triton
 from multilora_kernels.activation import _activation_kernel
 from multilora_kernels.copy_blocks import _copy_kernel
 from multilora_kernels.grouped_expand import PASSES, _expand_kernel
-from multilora_kernels.grouped_shrink import NUM_STAGES, _shrink_kernel, block_k_for
+from multilora_kernels.grouped_shrink import NUM_WARPS as SHRINK_WARPS
+from multilora_kernels.grouped_shrink import SPLIT, _shrink_kernel, blocks_for
 from multilora_kernels.rope_kernel import rope_kernel
 from multilora_kernels.row_affine import NUM_WARPS, UNIT, _affine_kernel, block_n_for
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, TILE_SLOT
-from multilora_kernels.variants import BLOCK_M_CHOICES, LARGE_BLOCK_M
+from multilora_kernels.variants import BLOCK_M_CHOICES, LARGE_BLOCK_M, Passes
 
 pytestmark = pytest.mark.skipif(
     triton is None or INTERPRETED, reason="needs Triton-lang's compiler, not its interpreter"
@@ -55,6 +57,12 @@ def compile_for_sm90(kernel: Any, types: dict[str, str], constants: dict[str, An
     return asm
 
 
+def most_registers(passes: Sequence[Passes], block_m: int, ranks: tuple[int, int]) -> int | None:
+    """The smallest limit that a launcher sets for these."""
+    limits = [some.registers[block_m] for some in passes if some[:2] == ranks and block_m in some.registers]
+    return min(limits, default=None)
+
+
 def check_writes_wide(ptx: str) -> None:
     assert not re.search(r"st\.global[\w.]*\.b16", ptx), "nothing is written element by element"
     assert re.search(r"st\.global\.v4\.b32", ptx)
@@ -66,22 +74,25 @@ def wide_loads_before_the_first_wait(asm: Any) -> int:
 
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
-@pytest.mark.parametrize("block_c", [16, 64])
-def test_shrink_reads_wide_and_in_stages(block_m, block_c):
+@pytest.mark.parametrize("slices", [1, 3])
+def test_shrink_reads_wide_and_in_stages(block_m, slices):
     types = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "rows": "*i32", "tiles": "*i32"}
-    constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_K": block_k_for(block_m, block_c, 2), **TILE}
-    ptx = compile_for_sm90(_shrink_kernel, types, constants, num_warps=4, num_stages=NUM_STAGES)["ptx"]
-    assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
+    c, k, stages = blocks_for(block_m, slices, 0, 2, 227 * 1024)
+    constants = {"BLOCK_M": block_m, "BLOCK_C": c, "BLOCK_K": k, "SPLIT": SPLIT, **TILE}
+    ptx = compile_for_sm90(_shrink_kernel, types, constants, num_warps=SHRINK_WARPS, num_stages=stages)["ptx"]
+    # A warp sums k / SPLIT columns at a time by itself, 16 with an instruction: the longest chain that it waits for.
+    assert ptx.count("mma.sync") == k // SPLIT // 16 * (block_m // 16) * (c // 8)
     assert re.search(r"cp\.async\.cg.*, 0x10", ptx), "x and A arrive 16 bytes at a time, while others are multiplied"
 
 
 @pytest.mark.parametrize("block_m", BLOCK_M_CHOICES)
-@pytest.mark.parametrize("ranks", sorted({FEW, *PASSES}))
+@pytest.mark.parametrize("ranks", sorted({passes[:2] for passes in PASSES}))
 def test_expand_reads_and_writes_wide(block_m, ranks):
     types = {"y": "*bf16", "h": "*bf16", "b": "*bf16", "rows": "*i32", "tiles": "*i32"}
     constants = {"WIDTHS": (4096, 1024, 1024), "BLOCK_M": block_m, "BLOCK_N": 128}
     constants |= {"BLOCK_R": ranks[0], "MORE_R": ranks[1], **TILE}
-    ptx = compile_for_sm90(_expand_kernel, types, constants, num_warps=4, num_stages=1)["ptx"]
+    options = {"num_warps": 4, "num_stages": 1, "maxnreg": most_registers(PASSES, block_m, ranks)}
+    ptx = compile_for_sm90(_expand_kernel, types, constants, **options)["ptx"]
     assert ("wgmma.mma_async" in ptx) == (block_m >= LARGE_BLOCK_M)
     check_writes_wide(ptx)
 
@@ -124,8 +135,7 @@ def compile_activation(block_m: int, ranks: tuple[int, int]) -> Any:
         **none,
     }
     options = {"num_warps": num_warps, "num_stages": activation.NUM_STAGES, "enable_fp_fusion": False}
-    if (block_m, ranks) == (16, FEW):
-        options["maxnreg"] = activation.MAX_REGISTERS
+    options["maxnreg"] = most_registers(activation.PASSES, block_m, ranks)
     return compile_for_sm90(_activation_kernel, types, constants, **options)
 
 
@@ -162,6 +172,7 @@ def compile_rope(block_m: int, ranks: tuple[int, int], d: int, rotary: int, norm
     if with_delta:
         num_warps = rope.NUM_WARPS_LARGE_M if large else rope.NUM_WARPS_SMALL_M
     options = {"num_warps": num_warps, "num_stages": rope.NUM_STAGES, "enable_fp_fusion": False}
+    options["maxnreg"] = most_registers(rope.PASSES, block_m, ranks)
     return compile_for_sm90(rope_kernel, types, constants, **options)
 
 

@@ -71,7 +71,7 @@ def row_wise_dot(monkeypatch):
     """The interpreter's tl.dot is numpy's BLAS, where float32 rounding depends on a row's place in the matrix."""
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        return np.einsum("mk,kn->mn", a, b, dtype=dtype, casting="unsafe", optimize=False)
+        return np.einsum("...mk,...kn->...mn", a, b, dtype=dtype, casting="unsafe", optimize=False)
 
     if INTERPRETED:
         monkeypatch.setattr(np, "matmul", matmul)
@@ -112,7 +112,7 @@ def test_operators_pass_opcheck(one_target, make_case):
     segments, ops = case.segments(16), torch.ops.multilora
     plan, indices = segments.plan, (segments.rows, segments.tiles)
     most = (plan.h_ranks, plan.h_ranks)
-    torch.library.opcheck(ops.grouped_shrink.default, (case.x, case.a, 3, *indices, 16, plan.rank_block, *most))
+    torch.library.opcheck(ops.grouped_shrink.default, (case.x, case.a, 3, *indices, 16, *most))
     h = grouped_shrink(case.x, case.a, 3, segments)
     torch.library.opcheck(ops.grouped_expand.default, (case.y, h, case.b, *indices, 16, plan.rank_block, case.widths))
 

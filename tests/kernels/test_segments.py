@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_kernels import (
+    ANY_RANKS,
+    FEW_RANKS,
     SegmentPlan,
     block_m_for,
     max_packed,
@@ -167,7 +169,7 @@ def test_max_tiles_is_reached_by_the_worst_batch(num_tokens, num_groups, block_m
 @given(st.integers(1, 40_000), st.integers(1, 300), st.data())
 def test_max_packed_holds_every_smaller_plan(num_tokens: int, num_groups: int, data: st.DataObject):
     tokens, groups = data.draw(st.integers(1, num_tokens)), data.draw(st.integers(1, num_groups))
-    block_m = block_m_for(tokens, groups)
+    block_m = block_m_for(tokens, groups, data.draw(st.sampled_from([FEW_RANKS, ANY_RANKS])))
     most = max_tiles(tokens, groups, block_m) * (8 + block_m)
     assert most <= max_packed(num_tokens, num_groups)
 
@@ -177,6 +179,6 @@ def test_max_packed_holds_every_smaller_plan(num_tokens: int, num_groups: int, d
 def test_max_packed_is_little_more_than_the_largest_plan(num_tokens: int, num_groups: int):
     sizes = []
     for groups in range(1, num_groups + 1):
-        block_m = block_m_for(num_tokens, groups)
+        block_m = block_m_for(num_tokens, groups, FEW_RANKS)
         sizes.append(max_tiles(num_tokens, groups, block_m) * (8 + block_m))
     assert max(sizes) <= max_packed(num_tokens, num_groups) <= 1.1 * max(sizes)

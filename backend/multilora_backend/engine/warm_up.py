@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from multilora_kernels import block_m_for, row_step
+from multilora_kernels import ANY_RANKS, FEW_RANKS, block_m_for, row_step
 
 
 def warm_up_rows(max_rows: int, top_k: int = 0, num_experts: int = 0) -> list[int]:
@@ -11,11 +11,12 @@ def warm_up_rows(max_rows: int, top_k: int = 0, num_experts: int = 0) -> list[in
 
     With experts the kernels also run on visits, `top_k` a row, and take the variants of so many rows.
     """
-    first: dict[tuple[bool, int, int], int] = {}
+    first: dict[tuple[bool, int, int, int], int] = {}
     for rows in range(1, max_rows + 1):
-        first.setdefault((False, block_m_for(rows, 1), row_step(rows)), rows)
-        if num_experts:
-            visits = rows * top_k
-            first.setdefault((True, block_m_for(visits, num_experts), row_step(visits)), rows)
+        visits = rows * top_k
+        for ranks in (FEW_RANKS, ANY_RANKS):
+            first.setdefault((False, ranks, block_m_for(rows, 1, ranks), row_step(rows)), rows)
+            if num_experts:
+                first.setdefault((True, ranks, block_m_for(visits, num_experts, ranks), row_step(visits)), rows)
     # One row, and a number that 16 does not divide: sizes for which Triton compiles kernels of their own.
     return sorted({1, min(17, max_rows), *first.values(), max_rows})

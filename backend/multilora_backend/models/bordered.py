@@ -19,7 +19,16 @@ from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.linear import FusedLinear
 from multilora_backend.models.lora import Grouped, LoraStep
-from multilora_kernels import CopyTable, Delta, Segments, block_m_for, copy_blocks, max_tiles, plan_segments
+from multilora_kernels import (
+    CopyTable,
+    Delta,
+    Segments,
+    block_m_for,
+    copy_blocks,
+    max_tiles,
+    plan_segments,
+    rank_block_for,
+)
 
 DECODE_BLOCK_M = 16
 PROMPT_TIER, PROMPT_WIDTH = TIERS[0], 2
@@ -83,7 +92,8 @@ class Bordered(Grouped):
         yield from super().variants(rows)
         slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
         for rank in self.rank_variants():
-            segments = plan_segments(slots, zero, zero + rank, block_m_for(rows, 1), zero)
+            block_m = block_m_for(rows, 1, rank_block_for(rank))
+            segments = plan_segments(slots, zero, zero + rank, block_m, zero)
             yield LoraStep(segments, PROMPT_TIER, prompts=True)
 
     def base_step(self, rows: int, tier: int, rank_block: int) -> LoraStep:

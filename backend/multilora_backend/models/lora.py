@@ -32,6 +32,7 @@ from multilora_kernels import (
     grouped_shrink,
     grouped_shrink_reference,
     plan_segments,
+    rank_block_for,
     routed_segments,
     routed_segments_reference,
 )
@@ -156,7 +157,9 @@ class Grouped(NoLora):
 
     def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
         rows = batch.adapter_slots
-        block_m = block_m or block_m_for(len(rows), len(np.unique(rows)))
+        if not block_m:
+            groups = len(np.unique(rows))
+            block_m = block_m_for(len(rows), groups, rank_block_for(max(self.ranks(batch), default=0)))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
         extras, experts = self.extras.plan(batch, segments), self.acts_on_experts(batch)
         return LoraStep(segments if segments.max_rank else None, extras=extras, experts=experts)
@@ -193,7 +196,8 @@ class Grouped(NoLora):
         """Steps of `rows` rows that between them launch every variant of the kernels."""
         slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
         for rank in self.rank_variants():
-            yield LoraStep(plan_segments(slots, zero, zero + rank, block_m_for(rows, 1)))
+            block_m = block_m_for(rows, 1, rank_block_for(rank))
+            yield LoraStep(plan_segments(slots, zero, zero + rank, block_m))
 
 
 class Reference(Grouped):

@@ -17,7 +17,7 @@ from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, Pr
 from multilora_backend.models.bordered import PROMPT_TIER, Bordered
 from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import Outputs, Submit
-from multilora_kernels import block_m_for, max_tiles
+from multilora_kernels import block_m_for, max_tiles, rank_block_for
 
 LORAS = {"a": {"r": 3}, "b": {"r": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}, "c": {"r": 24}}
 
@@ -48,7 +48,7 @@ def with_graphs(engine: Engine, rows: tuple[int, ...], ranks: tuple[int, ...]) -
         kinds.append((PROMPT_TIER, PROMPT_TIER))
     for tier, most in kinds:
         for size in rows:
-            block_m = block_m_for(size, 1) if most else 0
+            block_m = block_m_for(size, 1, rank_block_for(most)) if most else 0
             tiles = max_tiles(size, MAX_ADAPTERS + 1, block_m) if most else 0
             graph = EagerPromptGraph(size, min(size, 8), most, tier, tiles, block_m, logits[: min(size, 8)])
             graph.runner = engine.runner

@@ -114,12 +114,14 @@ def test_warm_up_meets_the_kernels_of_visits_to_experts(make: Callable[..., Step
     visits, met = runner._lora.visits, set()
 
     def noting(rows: torch.Tensor, experts: torch.Tensor, num_experts: int) -> Any:
-        met.add((block_m_for(len(experts), num_experts), row_step(len(experts))))
+        if runner._lora._segments is not None:
+            ranks = runner._lora._segments.plan.rank_block
+            met.add((ranks, block_m_for(len(experts), num_experts, ranks), row_step(len(experts))))
         return visits(rows, experts, num_experts)
 
     monkeypatch.setattr(runner._lora, "visits", noting)
     runner.warm_up(600)
-    assert met == {(16, 0), (16, 1), (16, 2), (32, 2)}
+    assert met == {(ranks, *tiles) for ranks in (16, 32) for tiles in ((16, 0), (16, 1), (16, 2), (32, 2))}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
