@@ -10,7 +10,6 @@ linear choose the kernel, which fixes the order of the sums over K.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -83,7 +82,6 @@ def _shrink_kernel(
         tl.store(h_at, tl.sum(acc, axis=0).to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
-@lru_cache
 def blocks_for(block_m: int, slices: int, rows_step: int, itemsize: int, room: int) -> Blocks:
     """Not of ranks: every value is a kernel that has to be compiled. `room`: bytes of shared memory of a program."""
     blocks = (ONE_SLICE if slices == 1 else SLICES)[block_m]

@@ -45,8 +45,9 @@ def max_tiles(num_tokens: int, num_groups: int, block_m: int) -> int:
 def max_packed(num_tokens: int, num_groups: int) -> int:
     """Most int32 words of a plan for up to `num_tokens` tokens of at most `num_groups` groups, cut by block_m_for."""
     sizes = [block_m for block_m in BLOCK_M_CHOICES if block_m <= block_m_for(num_tokens, 1, ANY_RANKS)]
-    # Above 16 rows a tile is at most twice what a group has on average.
-    groups = [num_groups, *(min(num_groups, 2 * num_tokens // block_m) for block_m in sizes[1:])]
+    # Above 16 rows a tile is at most twice what a group has on average; a captured step, which is cut before its groups
+    # are known, may have one group more.
+    groups = [num_groups, *(min(num_groups, -(-2 * num_tokens // block_m)) for block_m in sizes[1:])]
     return max(max_tiles(num_tokens, n, m) * (TILE_FIELDS + m) for n, m in zip(groups, sizes, strict=True))
 
 
@@ -149,9 +150,9 @@ class SegmentPlan:
 class Segments:
     """A plan and its tensors on a device; shapes as in SegmentPlan.
 
-    Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink also h_ranks). The tensors may be
-    views of a static buffer that is overwritten from step to step, as long as those numbers stay true. References read
-    rows, and else the plan.
+    Kernels read the tensors, and of the plan block_m and rank_block (grouped_shrink h_ranks instead). The tensors may
+    be views of a static buffer that is overwritten from step to step, as long as those numbers stay true. References
+    read rows, and else the plan.
     """
 
     plan: SegmentPlan

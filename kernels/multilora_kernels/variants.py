@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 BLOCK_M_CHOICES = (16, 32, 64, 128)
-"""tl.dot needs at least 16 rows; from 64 on Hopper uses wgmma."""
+"""tl.dot needs at least 16 rows; from 64 on Hopper uses wgmma (but for dots of three dimensions)."""
 LARGE_BLOCK_M = 64
 FEW_RANKS, ANY_RANKS = 16, 32
 """Values of rank_block. tl.dot needs at least 16."""

@@ -127,3 +127,30 @@ def test_shapes_that_do_not_fit_are_refused():
         grouped_shrink(torch.zeros(3, 100), torch.zeros(24, 100), 3, segments)
     with pytest.raises(ValueError, match="a has 25 rows, which 3 slices do not divide"):
         grouped_shrink(torch.zeros(2, 100), torch.zeros(25, 100), 3, segments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "slices", "kib", "launched"),
+    [
+        (5, 1, 227, (16, 1024, 4)),
+        (5, 1, 99, (16, 512, 4)),
+        (5, 3, 99, (16, 512, 4)),
+        (600, 3, 227, (16, 512, 3)),
+        (600, 1, 163, (16, 512, 4)),
+    ],
+)
+def test_what_is_launched_depends_on_the_rows_and_fits_the_gpu(monkeypatch, rows, slices, kib, launched):
+    module = importlib.import_module(blocks_for.__module__)
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]):
+            return lambda *arguments, **constants: options.update(constants)
+
+    monkeypatch.setattr(module, "_shrink_kernel", Kernel())
+    monkeypatch.setattr(module, "shared_memory", lambda device: kib * 1024)
+    plan = plan_segments(np.zeros(rows, np.int32), np.zeros(1, np.int32), np.full(1, 4, np.int32), 16)
+    segments = plan.to("cpu")
+    x, a = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(8 * slices, 64, dtype=torch.bfloat16)
+    module._launch(x, a, slices, segments.rows, segments.tiles, 16, 16, 16)
+    assert (options["BLOCK_C"], options["BLOCK_K"], options["num_stages"]) == launched

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 TILE = {"TILE_FIELDS": TILE_FIELDS, "RANK_PAGE": RANK_PAGE}
 FEW = (16, 0)
-BLOCKS = [(m, FEW) for m in (16, 32, 64)] + [(16, (16, 16)), (16, (32, 32)), (64, (32, 16)), (128, (32, 16))]
+BLOCKS = [(m, FEW) for m in (16, 32, 64)] + [(16, (16, 16)), (16, (32, 32))]
+BLOCKS += [(m, (32, 16)) for m in BLOCK_M_CHOICES]
 """BLOCK_M, (BLOCK_R, MORE_R)."""
 
 

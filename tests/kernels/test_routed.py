@@ -116,3 +116,11 @@ def test_steps_of_one_kind(slots: list[int]):
         made = by_block(make(step_of(slots), tokens, experts, 2))
         assert sorted(visit for visits in made.values() for visit in visits) == list(range(len(tokens)))
         assert len(made) == (1 if slots[0] < 0 else 2)
+
+
+@pytest.mark.parametrize(("slots", "block_m"), [([0, 1], 16), ([0, 3], 32)], ids=["few ranks", "any ranks"])
+def test_many_visits_have_tiles_as_their_ranks_want_them(slots: list[int], block_m: int):
+    segments = step_of(slots * 250)
+    tokens, experts = visits_of([[0, 1, 2]] * 500)
+    for make in (_on_device, routed_segments_reference):
+        assert make(segments, tokens, experts, 3).plan.block_m == block_m, make.__name__

@@ -174,11 +174,23 @@ def test_max_packed_holds_every_smaller_plan(num_tokens: int, num_groups: int, d
     assert most <= max_packed(num_tokens, num_groups)
 
 
-# Of 2,100 tokens of 131 groups tiles have 32 rows, though they are half empty.
-@pytest.mark.parametrize(("num_tokens", "num_groups"), [(1, 1), (200, 9), (2048, 257), (2100, 131), (8192, 65)])
+# Of 2,100 tokens of 131 groups tiles have 32 rows, though they are half empty, and of 2,048 if there are many ranks.
+@pytest.mark.parametrize(
+    ("num_tokens", "num_groups"), [(1, 1), (200, 9), (2048, 128), (2048, 257), (2100, 131), (8192, 65)]
+)
 def test_max_packed_is_little_more_than_the_largest_plan(num_tokens: int, num_groups: int):
     sizes = []
     for groups in range(1, num_groups + 1):
-        block_m = block_m_for(num_tokens, groups, FEW_RANKS)
-        sizes.append(max_tiles(num_tokens, groups, block_m) * (8 + block_m))
+        for ranks in (FEW_RANKS, ANY_RANKS):
+            block_m = block_m_for(num_tokens, groups, ranks)
+            sizes.append(max_tiles(num_tokens, groups, block_m) * (8 + block_m))
     assert max(sizes) <= max_packed(num_tokens, num_groups) <= 1.1 * max(sizes)
+
+
+@pytest.mark.parametrize("num_groups", [2, 65, 300])
+def test_max_packed_holds_a_captured_step_which_is_cut_before_its_groups_are_known(num_groups: int):
+    for num_tokens in range(1, 4200):
+        for ranks in (FEW_RANKS, ANY_RANKS):
+            block_m = block_m_for(num_tokens, 1, ranks)
+            most = max_tiles(num_tokens, 65, block_m) * (8 + block_m)
+            assert most <= max_packed(num_tokens, max(num_groups, 65))

@@ -7,7 +7,7 @@ from multilora_kernels import ANY_RANKS, FEW_RANKS, block_m_for, row_step
 
 
 def warm_up_rows(max_rows: int, top_k: int = 0, num_experts: int = 0) -> list[int]:
-    """Row counts, ascending: the first of each variant up to `max_rows`, by tiles and by row step.
+    """Row counts, ascending: the first of each variant up to `max_rows`, by kind of rank, tiles and row step.
 
     With experts the kernels also run on visits, `top_k` a row, and take the variants of so many rows.
     """

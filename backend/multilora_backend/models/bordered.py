@@ -34,7 +34,7 @@ DECODE_BLOCK_M = 16
 PROMPT_TIER, PROMPT_WIDTH = TIERS[0], 2
 """Steps with prompts take the border up to PROMPT_TIER ranks, at linears at most PROMPT_WIDTH times as wide as their
 input. Llama-3.1-8B, 2,048 rows, one H200, bf16, 2026-11-27: 64 ranks cost the GEMMs of qkv, o and down 6, 1 and 2 us
-where grouped_shrink takes 12, 10 and 24; at gate_up they cost 50 us, it takes 10. 256 ranks cost 18, 17 and 38."""
+where grouped_shrink takes 12, 7 and 22 (H100); at gate_up they cost 50 us, it takes 9. 256 ranks cost 18, 17 and 38."""
 MEAN_RANK = 16
 """Assumed of a tier's adapters when programs are counted; steps of many smaller ones run at a larger tier."""
 

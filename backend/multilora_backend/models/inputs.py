@@ -33,6 +33,7 @@ class StepInputs:
             "segments": max_segments,
             "pages": max_pages,  # last: only what is used of it is copied
         }
+        self._sizes = sizes
         self._offsets: dict[str, int] = {}
         total = 0
         for name, size in sizes.items():
@@ -59,7 +60,11 @@ class StepInputs:
             self._copied.record()
 
     def load(self, batch: Batch, segments: SegmentPlan | None) -> None:
-        """Queues the copy of a step's metadata."""
+        """Queues the copy of a step's metadata.
+
+        Raises:
+            ValueError: something is longer than what the buffer was made for.
+        """
         self._put("token_ids", batch.token_ids)
         self._put("sources", batch.sources)
         self._put("positions", batch.positions)
@@ -87,5 +92,8 @@ class StepInputs:
         return plan.views(self.device("segments", len(plan.packed)))
 
     def _put(self, name: str, values: np.ndarray) -> None:
+        # What is longer would overwrite the next field, and kernels would take that for tiles.
+        if len(values) > self._sizes[name]:
+            raise ValueError(f"{name}: {len(values)} words, the buffer has room for {self._sizes[name]}")
         start = self._offsets[name]
         self._array[start : start + len(values)] = values

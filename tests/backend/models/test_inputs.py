@@ -119,3 +119,12 @@ def test_no_field_lies_in_another(inputs: StepInputs, side: str):
         view.fill_(value)
     for value, (name, view) in enumerate(views.items(), start=1):
         assert (view == value).all(), name
+
+
+def test_what_does_not_fit_is_refused_and_overwrites_nothing(inputs: StepInputs):
+    batch = batch_of(*LARGEST)
+    load(inputs, batch, segments_of(batch))
+    too_many = segments_of(batch).pad_to(MAX_SEGMENTS // (8 + 16) + 1)
+    with pytest.raises(ValueError, match=f"segments: .* words, the buffer has room for {MAX_SEGMENTS}"):
+        load(inputs, batch, too_many)
+    assert inputs.host("pages", len(batch.pages)).tolist() == batch.pages.tolist()

@@ -10,8 +10,9 @@ import torch
 
 from lora_bench import RANKS, SITES, TARGETS, Bench, batch_of, decode_of
 from multilora_backend.models.batch import Batch
-from multilora_backend.models.lora import NoLora
+from multilora_backend.models.lora import Grouped, NoLora
 from multilora_backend.models.strategies import STRATEGIES, create_strategy
+from multilora_kernels import ANY_RANKS, FEW_RANKS
 
 BATCHES = {
     "chunks": batch_of((0, 5), (3, 37), (-1, 9), (1, 1), (3, 2), (2, 20)),
@@ -104,3 +105,15 @@ def test_without_a_pool_lora_is_off():
     bench = Bench("grouped", "cpu", torch.float32)
     assert isinstance(create_strategy("bordered", bench.linears, None), NoLora)
     assert len(bench.linears[0].weight) == SITES[0].width, "and no border is made"
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "bordered"])
+def test_prompts_of_more_ranks_have_larger_tiles_and_warm_up_meets_them(strategy: str):
+    lora = Bench(strategy, "cpu", torch.float32).strategy
+    assert isinstance(lora, Grouped)
+    few, many = RANKS.index(max(rank for rank in RANKS if rank <= FEW_RANKS)), RANKS.index(max(RANKS))
+    for rows, tiles in ((1000, (16, 16)), (1500, (16, 32)), (3000, (32, 32))):
+        planned = [lora.plan(batch_of((adapter, rows))).segments for adapter in (few, many)]
+        assert tuple(segments.block_m for segments in planned if segments is not None) == tiles
+        met = {(step.segments.rank_block, step.segments.block_m) for step in lora.variants(rows) if step.segments}
+        assert met == {(FEW_RANKS, tiles[0]), (ANY_RANKS, tiles[1])}
