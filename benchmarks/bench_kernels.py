@@ -141,10 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() > deadline:
             print(f"stopped after {options.seconds:.0f} s, before {case.op} {case.site} {case.batch}")
             break
-        batch, block_m = (
-            case.batch,
-            block_m_for(case.batch.tokens, case.batch.adapters, rank_block_for(case.batch.rank)),
-        )
+        batch = case.batch
+        block_m = block_m_for(batch.tokens, batch.adapters, rank_block_for(batch.rank))
         row: dict[str, Any] = {
             "op": case.op, "site": case.site, "tokens": batch.tokens, "adapters": batch.adapters, "rank": batch.rank,
             "block_m": block_m if batch.adapters else 0, "bytes": case.bytes, "flops": case.flops,

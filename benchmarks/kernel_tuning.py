@@ -21,8 +21,9 @@ Value = int | tuple[int | Blocks, ...]
 CHOICES: dict[str, dict[str, Sequence[Value]]] = {
     "grouped_shrink": {
         BLOCK_M: (16, 32, 64),
-        "ONE_SLICE SLICES": tuple(
-            (Blocks(c, k, stages),) * 2 for c in (16, 32, 64) for k in (128, 256, 512, 1024) for stages in (3, 4)
+        # Where the GPU has no room for them they are measured with fewer columns, as they are launched.
+        "ONE_SLICE SLICES SLICES_MANY_ROWS": tuple(
+            (Blocks(c, k, stages),) * 3 for c in (16, 32, 64) for k in (128, 256, 512, 1024) for stages in (3, 4)
         ),
         "SPLIT NUM_WARPS": (2, 4, 8),
     },

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from multilora_kernels._triton import jit, row_stride, shared_memory, tl, use_kernel
 from multilora_kernels.segments import RANK_PAGE, TILE_FIELDS, Segments, padded_rank
 from multilora_kernels.tiles import load_tokens
-from multilora_kernels.variants import ROW_STEPS, row_step
+from multilora_kernels.variants import ROW_STEPS
 
 
 class Blocks(NamedTuple):
@@ -42,8 +42,8 @@ class Blocks(NamedTuple):
 SPLIT = NUM_WARPS = 4
 ONE_SLICE = {16: Blocks(16, 1024, 4), 32: Blocks(16, 512, 4), 64: Blocks(16, 256, 4), 128: Blocks(16, 128, 3)}
 SLICES = {16: Blocks(16, 512, 4), 32: Blocks(32, 256, 4), 64: Blocks(16, 256, 4), 128: Blocks(16, 128, 3)}
-# Many rows have more programs than fit; with one stage less a third one fits an SM: qkv 11.5 for 16.4 us at 2,048.
-STAGES_MANY_ROWS = 3
+# More rows than ROW_STEPS: more programs than fit; with one stage less a third one fits an SM, 11.5 us at qkv for 16.4.
+SLICES_MANY_ROWS = {**SLICES, 16: Blocks(16, 512, 3)}
 
 
 @jit
@@ -82,11 +82,10 @@ def _shrink_kernel(
         tl.store(h_at, tl.sum(acc, axis=0).to(h.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
-def blocks_for(block_m: int, slices: int, rows_step: int, itemsize: int, room: int) -> Blocks:
+def blocks_for(block_m: int, slices: int, num_rows: int, itemsize: int, room: int) -> Blocks:
     """Not of ranks: every value is a kernel that has to be compiled. `room`: bytes of shared memory of a program."""
-    blocks = (ONE_SLICE if slices == 1 else SLICES)[block_m]
-    if slices > 1 and block_m == 16 and rows_step == len(ROW_STEPS):
-        blocks = blocks._replace(stages=STAGES_MANY_ROWS)
+    several = SLICES if num_rows <= ROW_STEPS[-1] else SLICES_MANY_ROWS
+    blocks = (ONE_SLICE if slices == 1 else several)[block_m]
     k = blocks.k * 2 // itemsize
     while (blocks.stages - 1) * (block_m + blocks.c) * k * itemsize > room:
         k //= 2
@@ -103,7 +102,7 @@ def _launch(
     h = x.new_empty((num_rows, columns))
     if columns == 0 or num_tiles == 0:
         return h
-    block_c, block_k, stages = blocks_for(block_m, slices, row_step(num_rows), x.itemsize, shared_memory(x.device))
+    block_c, block_k, stages = blocks_for(block_m, slices, num_rows, x.itemsize, shared_memory(x.device))
     # Programs for what an adapter of the step may fill, not for all of h: one with nothing to do waits for room on an
     # SM like any other. In a border of 64 ranks 2,048 rows of rank 16 took 18 us at gate_up (H100, 2026-11-27).
     _shrink_kernel[(-(-slices * most // block_c), num_tiles)](

@@ -78,7 +78,7 @@ def wide_loads_before_the_first_wait(asm: Any) -> int:
 @pytest.mark.parametrize("slices", [1, 3])
 def test_shrink_reads_wide_and_in_stages(block_m, slices):
     types = {"x": "*bf16", "a": "*bf16", "h": "*bf16", "rows": "*i32", "tiles": "*i32"}
-    c, k, stages = blocks_for(block_m, slices, 0, 2, 227 * 1024)
+    c, k, stages = blocks_for(block_m, slices, 5, 2, 227 * 1024)
     constants = {"BLOCK_M": block_m, "BLOCK_C": c, "BLOCK_K": k, "SPLIT": SPLIT, **TILE}
     ptx = compile_for_sm90(_shrink_kernel, types, constants, num_warps=SHRINK_WARPS, num_stages=stages)["ptx"]
     # A warp sums k / SPLIT columns at a time by itself, 16 with an instruction: the longest chain that it waits for.

@@ -185,12 +185,3 @@ def test_max_packed_is_little_more_than_the_largest_plan(num_tokens: int, num_gr
             block_m = block_m_for(num_tokens, groups, ranks)
             sizes.append(max_tiles(num_tokens, groups, block_m) * (8 + block_m))
     assert max(sizes) <= max_packed(num_tokens, num_groups) <= 1.1 * max(sizes)
-
-
-@pytest.mark.parametrize("num_groups", [2, 65, 300])
-def test_max_packed_holds_a_captured_step_which_is_cut_before_its_groups_are_known(num_groups: int):
-    for num_tokens in range(1, 4200):
-        for ranks in (FEW_RANKS, ANY_RANKS):
-            block_m = block_m_for(num_tokens, 1, ranks)
-            most = max_tiles(num_tokens, 65, block_m) * (8 + block_m)
-            assert most <= max_packed(num_tokens, max(num_groups, 65))

@@ -18,16 +18,14 @@ from multilora_backend.adapters.pool import DevicePool
 from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.linear import FusedLinear
-from multilora_backend.models.lora import Grouped, LoraStep
+from multilora_backend.models.lora import Grouped, LoraStep, plan_of_one
 from multilora_kernels import (
     CopyTable,
     Delta,
     Segments,
-    block_m_for,
     copy_blocks,
     max_tiles,
     plan_segments,
-    rank_block_for,
 )
 
 DECODE_BLOCK_M = 16
@@ -90,11 +88,8 @@ class Bordered(Grouped):
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
         yield from super().variants(rows)
-        slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
         for rank in self.rank_variants():
-            block_m = block_m_for(rows, 1, rank_block_for(rank))
-            segments = plan_segments(slots, zero, zero + rank, block_m, zero)
-            yield LoraStep(segments, PROMPT_TIER, prompts=True)
+            yield LoraStep(plan_of_one(rows, rank, np.zeros(1, dtype=np.int32)), PROMPT_TIER, prompts=True)
 
     def base_step(self, rows: int, tier: int, rank_block: int) -> LoraStep:
         """A step of rows without adapter that runs at that tier all the same: what graphs are captured with.

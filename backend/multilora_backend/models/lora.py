@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -36,6 +36,9 @@ from multilora_kernels import (
     routed_segments,
     routed_segments_reference,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 RANK_VARIANTS = (FEW_RANKS, 64)
 """Kernels for up to 16 ranks and those for any number differ. Steps with prompts are captured for ranks up to these."""
@@ -158,8 +161,9 @@ class Grouped(NoLora):
     def plan(self, batch: Batch, block_m: int = 0, tier: int = 0) -> LoraStep:
         rows = batch.adapter_slots
         if not block_m:
-            groups = len(np.unique(rows))
-            block_m = block_m_for(len(rows), groups, rank_block_for(max(self.ranks(batch), default=0)))
+            slots = np.unique(rows)
+            max_rank = int(self._pool.rank[slots[slots >= 0]].max(initial=0))
+            block_m = block_m_for(len(rows), len(slots), rank_block_for(max_rank))
         segments = plan_segments(rows, self._pool.rank_start, self._pool.rank, block_m)
         extras, experts = self.extras.plan(batch, segments), self.acts_on_experts(batch)
         return LoraStep(segments if segments.max_rank else None, extras=extras, experts=experts)
@@ -194,10 +198,14 @@ class Grouped(NoLora):
 
     def variants(self, rows: int) -> Iterator[LoraStep]:
         """Steps of `rows` rows that between them launch every variant of the kernels."""
-        slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
         for rank in self.rank_variants():
-            block_m = block_m_for(rows, 1, rank_block_for(rank))
-            yield LoraStep(plan_segments(slots, zero, zero + rank, block_m))
+            yield LoraStep(plan_of_one(rows, rank))
+
+
+def plan_of_one(rows: int, rank: int, h_start: NDArray[np.int32] | None = None) -> SegmentPlan:
+    """That of a step whose rows all have one adapter of that rank, the first in its pool."""
+    slots, zero = np.zeros(rows, dtype=np.int32), np.zeros(1, dtype=np.int32)
+    return plan_segments(slots, zero, zero + rank, block_m_for(rows, 1, rank_block_for(rank)), h_start)
 
 
 class Reference(Grouped):

@@ -17,7 +17,8 @@ from multilora_backend.engine.prompt_graphs import MAX_ADAPTERS, PromptGraph, Pr
 from multilora_backend.models.bordered import PROMPT_TIER, Bordered
 from multilora_backend.models.lora import NoLora
 from multilora_backend.protocol import Outputs, Submit
-from multilora_kernels import block_m_for, max_tiles, rank_block_for
+from multilora_kernels import ANY_RANKS, FEW_RANKS, block_m_for, max_packed, max_tiles, rank_block_for
+from multilora_kernels.segments import TILE_FIELDS
 
 LORAS = {"a": {"r": 3}, "b": {"r": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}, "c": {"r": 24}}
 
@@ -162,3 +163,13 @@ def test_sizes_waste_little(most: int):
     assert sizes[-1] == most
     for small, large in itertools.pairwise(sizes):
         assert large - small <= max(128, small / 2)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 80, 300])
+def test_a_captured_step_fits_the_buffer_though_it_is_cut_before_its_groups_are_known(max_num_seqs: int):
+    groups = MAX_ADAPTERS + 1  # and rows without one
+    for rows in range(1, 4200):
+        room = max_packed(rows, max(max_num_seqs + 1, groups))
+        for ranks in (FEW_RANKS, ANY_RANKS):
+            block_m = block_m_for(rows, 1, ranks)
+            assert max_tiles(rows, groups, block_m) * (TILE_FIELDS + block_m) <= room
