@@ -119,8 +119,8 @@ def service(engines: FakeEngines) -> Iterator[Service]:
     service.close()
 
 
-def send(service: Service, text: str, **parameters: object) -> FakeSender:
-    sender = FakeSender()
+def send(service: Service, text: str, sender: FakeSender | None = None, **parameters: object) -> FakeSender:
+    sender = sender or FakeSender()
     tensors = {"text_input": np.array([text.encode()], dtype=object), "return_num_input_tokens": np.array([True])}
     service.handle(RawRequest(tensors, parameters), sender)
     return sender
@@ -160,13 +160,15 @@ def test_a_chat_is_retokenised_as_one(service, engines, tokenizers):
 
 
 def test_who_leaves_while_it_is_retokenised_leaves_nothing(service, engines, monkeypatch):
+    sender = FakeSender()
+
     def slowly(*arguments):
         sender.cancelled = True
         wait_until(lambda: not service._in_flight)
         return retokenised(*arguments)
 
     monkeypatch.setattr(service_module, "retokenised", slowly)
-    sender = send(service, "abc", lora_name="tagged", max_tokens=60)
+    send(service, "abc", sender, lora_name="tagged", max_tokens=60)
     assert sender.wait().error.code is ErrorCode.CANCELLED
     again = wait_until(lambda: len(engines.heard("Submit")) == 2 and engines.heard("Submit")[1])
     wait_until(lambda: [abort["request_id"] for abort in engines.heard("Abort")] == [again["request_id"]] * 2)
