@@ -26,6 +26,10 @@ NUM_WARPS = 8
 GREEDY_BLOCK = 8192
 GREEDY_NUM_WARPS = 8
 
+LEAST_PARTS = 128
+"""Lanes for the parts of a row: enough for 524,288 tokens. Rows that are longer by an adapter's own tokens then take no
+other kernel."""
+
 SMALL_W = 1 / 64
 """Below it -log(1 - w) is its Taylor series, since 1 - w would lose the bits that decide who wins."""
 
@@ -101,7 +105,8 @@ def _launch(
         stride, vocab, parts,
         BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    _pick_kernel[(batch,)](best, best_token, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    lanes = max(triton.next_power_of_2(parts), LEAST_PARTS)
+    _pick_kernel[(batch,)](best, best_token, out, parts, PARTS=lanes, num_warps=1)
     return out
 
 

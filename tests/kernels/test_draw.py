@@ -12,6 +12,7 @@ import torch
 
 from multilora_kernels._triton import INTERPRETED, jit, tl, triton
 from multilora_kernels.draw import (
+    LEAST_PARTS,
     _draw_kernel,
     _pick_kernel,
     draw,
@@ -214,7 +215,7 @@ POINTERS = {
         (_draw_kernel, {"BLOCK": 4096}),
         (_draw_kernel, {"BLOCK": 4096, **dict.fromkeys(["floor", "last"])}),
         (_draw_kernel, {"BLOCK": 4096, **dict.fromkeys(["floor", "last", "temperature", "seed", "index"])}),
-        (_pick_kernel, {"PARTS": 32}),
+        (_pick_kernel, {"PARTS": LEAST_PARTS}),
         (_truncate_kernel, {"BLOCK": 4096}),
     ],
     ids=["draw_truncated", "draw", "draw_greedy", "pick", "truncate"],
