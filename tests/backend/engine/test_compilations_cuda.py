@@ -39,6 +39,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "everything": {"r": 20},
 }
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "none": ("llama", {}, {}),
     "ranks": ("llama", {}, RANKS),
     "experts": ("qwen3_moe", {"moe_intermediate_size": 80}, EXPERTS),
     "affine": (
@@ -99,7 +100,7 @@ def play(driver: Driver, names: list[str], seed: int) -> None:
     for turn in range(20):
         driver.clear()
         everyone = turn % 4 == 0
-        among = names if everyone else rng.sample(names, rng.choice((1, 2, 3)))
+        among = names if everyone else rng.sample(names, min(len(names), rng.choice((1, 2, 3))))
         count = max(COUNTS) if everyone else rng.choice(COUNTS)
         longest = rng.choice(LENGTHS) if turn else 1
         greedy = rng.random() < 0.5
@@ -115,11 +116,11 @@ def ready(folder: Path, device: str, mode: Mode, max_rows: int, seen: Compilatio
         folder,
         device,
         mode,
+        adapters=str(folder / "adapters") if (folder / "adapters").exists() else "",
         max_num_seqs=min(80, max_rows),
         max_num_batched_tokens=max_rows,
         kv_cache_bytes=24 * 2**20,
         adapter_device_bytes=2**25,
-        adapter_extras_bytes=2**20,
         max_loras=80,
         enable_prefix_caching=True,
     )
@@ -131,7 +132,7 @@ def ready(folder: Path, device: str, mode: Mode, max_rows: int, seen: Compilatio
 
 EAGER = [Mode("bordered", graphs=False), Mode("grouped", graphs=False)]
 RUNS = [("cpu", mode, "ranks", MAX_ROWS) for mode in EAGER]
-RUNS += [("cpu", EAGER[0], case, MAX_ROWS) for case in ("experts", "affine", "tables")]
+RUNS += [("cpu", EAGER[0], case, 600) for case in ("none", "experts", "affine", "tables")]
 RUNS += [("cpu", EAGER[0], "ranks", 48)]
 ON_CUDA = [("cuda", BORDERED_GRAPHS, case, MAX_ROWS) for case in CASES] + [("cuda", BORDERED_GRAPHS, "ranks", 48)]
 ON_CUDA += [("cuda", *run) for _, *run in RUNS]
@@ -160,4 +161,4 @@ def test_nothing_is_compiled_for_a_request(
         play(driver, names, seed=1)
         assert seen.take() == []
         most = driver.engine.statistics.adapters_per_step_max
-    assert most >= min(max_rows - 1, 65 if case == "ranks" else len(adapters))
+    assert (most or 0) >= min(max_rows - 1, 65 if case == "ranks" else len(adapters))
