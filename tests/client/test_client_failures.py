@@ -77,25 +77,25 @@ def test_text_quoted_in_an_error_does_not_choose_its_class(connect, fake, steps)
 
 def test_deadline_cancels_on_the_server(connect, fake, steps, stopwatch):
     fake.play([steps.hang])
-    with pytest.raises(RequestTimeout, match=r"within 0\.3 s"):
-        connect().generate("hello", "late", timeout=0.3)
+    with pytest.raises(RequestTimeout, match=r"within 1 s"):
+        connect().generate("hello", "late", timeout=1.0)
     assert fake.expect_cancelled() == "late"
-    assert 0.3 <= stopwatch() < 4
+    assert 1.0 <= stopwatch() < 4
 
 
 def test_deadline_holds_for_the_whole_stream(connect, fake, steps, stopwatch):
     fake.play([steps.reply("a"), steps.hang])
     with pytest.raises(RequestTimeout):
-        connect(timeout=0.3).stream("hello", "late")
+        connect(timeout=1.0).stream("hello", "late")
     assert fake.expect_cancelled() == "late"
-    assert 0.3 <= stopwatch() < 4
+    assert 1.0 <= stopwatch() < 4
 
 
 def test_deadline_holds_while_tokens_arrive(connect, fake, steps, stopwatch):
     fake.play([steps.reply("a"), steps.pause(0.1)] * 40)
     with pytest.raises(RequestTimeout):
-        connect(timeout=0.4).stream("hello")
-    assert 0.4 <= stopwatch() < 3
+        connect(timeout=1.0).stream("hello")
+    assert 1.0 <= stopwatch() < 3
 
 
 def test_leaving_the_loop_cancels_on_the_server(connect, fake, steps, stopwatch):
