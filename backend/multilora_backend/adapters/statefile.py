@@ -127,8 +127,10 @@ class StateFile:
                 self.write(news)
                 self._problem = ""
             except OSError as error:
-                if str(error) != self._problem:
-                    log.error("%s cannot be written, a restart will not know what is changed now: %s", self.path, error)
-                self._problem = str(error)
+                problem = error.strerror or str(error)  # an error's own text has the name of the part, always another
+                if problem != self._problem:
+                    why = f"a restart will not know what is changed now: {problem}"
+                    log.error("%s cannot be written, %s", self.path, why)
+                self._problem = problem
             with self._changed:
                 self._writing = False

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapter_bench import Bench, version_of
+from frontend_fakes import wait_until
 from multilora_backend.adapters.statefile import Saved, SavedEntry, StateFile
 from multilora_backend.errors import MultiloraError
 
@@ -141,10 +142,12 @@ def test_reading_adapters_alone_makes_no_file(path):
 
 
 def test_a_file_that_cannot_be_written_is_reported_once_and_stops_nothing(tmp_path, caplog):
-    bench = start(tmp_path / "no" / "such" / "folder" / "state.json")
+    state = StateFile(tmp_path / "no" / "such" / "folder" / "state.json")
+    bench = Bench({"a": 3, "b": 4}, watched=True, state=state)
     for target in "abab":
         bench.manager.alias("prod", target)
         bench.manager.poll()
+        wait_until(lambda: state.idle)
     stop(bench)
     assert bench.manager.resolve("prod") == "b"
     assert caplog.text.count("cannot be written, a restart will not know") == 1
