@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from multilora_backend.errors import invalid
 
 MODEL_NAME = "multilora"
 ADMIN_MODEL_NAME = "multilora_adapters"
+KERNEL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_FREE_PORT, TRIES = 20_000, 20
 
 
 def environment(model: str | Path, adapters: str | Path, settings: Mapping[str, object]) -> dict[str, str]:
@@ -48,15 +51,43 @@ def ports(host: str, asked: Mapping[str, int]) -> dict[str, int]:
         for kind, port in sorted(asked.items(), key=lambda item: -item[1]):
             if not 0 <= port < 65536:
                 raise invalid(f"{kind}_port", f"must be 0 to 65535, got {port}")
-            holder = held.enter_context(socket.socket())
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no hindrance
-            try:
-                holder.bind((host, port))
-                holder.listen(1)  # with SO_REUSEADDR only a listening socket keeps others off the port
-            except OSError as error:
-                raise invalid(f"{kind}_port", f"cannot listen on {host}:{port}: {error.strerror}") from error
+            candidates = [port] if port else _free_ports()
+            for candidate in candidates:
+                try:
+                    holder = held.enter_context(_listening(host, candidate))
+                    break
+                except OSError as error:
+                    if candidate == candidates[-1]:
+                        raise invalid(f"{kind}_port", f"cannot listen on {host}:{port}: {error.strerror}") from error
             chosen[kind] = holder.getsockname()[1]
     return chosen
+
+
+def _free_ports() -> list[int]:
+    """What to try for a port of 0, ending with 0, the kernel's choice.
+
+    First some below the kernel's range: the server listens seconds later, and meanwhile whoever asks the kernel for a
+    port, if only to connect from, might be given this one and answer in the server's place.
+    """
+    try:
+        end = int(KERNEL_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        end = 0
+    if end < FIRST_FREE_PORT + TRIES:
+        return [0]
+    return [*secrets.SystemRandom().sample(range(FIRST_FREE_PORT, end), TRIES), 0]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    holder = socket.socket()
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no hindrance
+        holder.bind((host, port))
+        holder.listen(1)  # with SO_REUSEADDR only a listening socket keeps others off the port
+    except OSError:
+        holder.close()
+        raise
+    return holder
 
 
 def models(repository: Path) -> list[str]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,30 @@ def test_the_administration_is_loaded_where_it_is(tmp_path: Path):
     assert launch_arguments.models(made) == ["multilora", "multilora_adapters"]
     assert (made / "multilora_adapters" / "1" / "model.py").samefile(REPOSITORY / "multilora_adapters/1/model.py")
     assert "count: 3" in (made / "multilora" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(("kernels", "first"), [("30000 60000", 29_900), ("29903\t60999\n", 29_900)])
+def test_free_ports_are_none_that_the_kernel_gives_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, first: int
+):
+    monkeypatch.setattr(launch_arguments, "KERNEL_PORTS", tmp_path / "range")
+    monkeypatch.setattr(launch_arguments, "FIRST_FREE_PORT", first)
+    monkeypatch.setattr(launch_arguments, "TRIES", 3)
+    (tmp_path / "range").write_text(kernels)
+    end = int(kernels.split()[0])
+    chosen = launch_arguments.ports("127.0.0.1", {"http": 0, "grpc": 0, "metrics": 0})
+    assert len({*chosen.values()} & {*range(first, end)}) == 3
+    with contextlib.ExitStack() as others:
+        for port in range(first, end):
+            with contextlib.suppress(OSError):  # somebody has it already
+                others.enter_context(socket.create_server(("127.0.0.1", port)))
+        assert launch_arguments.ports("127.0.0.1", {"http": 0})["http"] not in range(first, end)
+
+
+@pytest.mark.parametrize("kernels", ["1024 65535", "20019 60000", "", "what"])
+def test_where_the_kernel_leaves_none_it_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str):
+    monkeypatch.setattr(launch_arguments, "KERNEL_PORTS", tmp_path / "range")
+    assert launch_arguments._free_ports() == [0]
+    (tmp_path / "range").write_text(kernels)
+    assert launch_arguments._free_ports() == [0]
+    assert launch_arguments.ports("127.0.0.1", {"http": 0})["http"] >= 1024
