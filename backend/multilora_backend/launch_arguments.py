@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
-import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,31 +51,29 @@ def ports(host: str, asked: Mapping[str, int]) -> dict[str, int]:
         for kind, port in sorted(asked.items(), key=lambda item: -item[1]):
             if not 0 <= port < 65536:
                 raise invalid(f"{kind}_port", f"must be 0 to 65535, got {port}")
-            candidates = [port] if port else _free_ports()
-            for candidate in candidates:
-                try:
-                    holder = held.enter_context(_listening(host, candidate))
-                    break
-                except OSError as error:
-                    if candidate == candidates[-1]:
-                        raise invalid(f"{kind}_port", f"cannot listen on {host}:{port}: {error.strerror}") from error
+            try:
+                holder = held.enter_context(_listening(host, port) if port else _listening_anywhere(host))
+            except OSError as error:
+                raise invalid(f"{kind}_port", f"cannot listen on {host}:{port}: {error.strerror}") from error
             chosen[kind] = holder.getsockname()[1]
     return chosen
 
 
-def _free_ports() -> list[int]:
-    """What to try for a port of 0, ending with 0, the kernel's choice.
+def _listening_anywhere(host: str) -> socket.socket:
+    """Below the kernel's range if there is room; else the kernel chooses.
 
-    First some below the kernel's range: the server listens seconds later, and meanwhile whoever asks the kernel for a
-    port, if only to connect from, might be given this one and answer in the server's place.
+    The server listens seconds later, and meanwhile whoever asks the kernel for a port, if only to connect from, might
+    be given this one and answer in the server's place.
     """
     try:
         end = int(KERNEL_PORTS.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError):  # no Linux, or not as it writes them
         end = 0
-    if end < FIRST_FREE_PORT + TRIES:
-        return [0]
-    return [*secrets.SystemRandom().sample(range(FIRST_FREE_PORT, end), TRIES), 0]
+    below = range(FIRST_FREE_PORT, end)
+    for port in random.SystemRandom().sample(below, min(TRIES, len(below))):
+        with contextlib.suppress(OSError):  # somebody has it
+            return _listening(host, port)
+    return _listening(host, 0)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -77,6 +77,7 @@ def _bind_only(stack: ExitStack, modules: list[Any], seen: Compilations) -> None
     launching = False
 
     def launch_too(tensor: Tensor) -> bool:
+        """Called by an operator that chooses between launcher and reference: has it called once more to launch."""
         nonlocal launching
         if launching:
             return True
@@ -114,6 +115,6 @@ def _ask_all(stack: ExitStack, kernels: list[Any], seen: Compilations) -> None:
 
         stack.enter_context(mock.patch.object(owner, name, noting))
 
-    with suppress(ImportError):
+    with suppress(ImportError):  # without FlashInfer attention runs in torch, which compiles nothing
         note(importlib.import_module("flashinfer.jit.core").JitSpec, "build_and_load")
     note(torch.cuda.CUDAGraph, "capture_begin")

@@ -23,6 +23,28 @@ from multilora_backend.models import linear, lora
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"]
 TOKENS = 32
 LENGTHS = (1, 41, 6, 23, 14, 9, 30)
+TABLES = ["embed_tokens", "lm_head"]
+EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
+    "affine": {
+        "dora": {"use_dora": True, "r": 6},
+        "lora-bias": {"lora_bias": True, "r": 20},
+        "dora-bias": {"use_dora": True, "bias": "all", "target_modules": ATTENTION},
+        "plain": {"r": 3},
+    },
+    "tables": {
+        "norms": {"modules_to_save": ["norm"], "r": 4},
+        "both": {"modules_to_save": TABLES, "target_modules": ATTENTION},
+        "lora-both": {"target_modules": [*ATTENTION, *TABLES], "use_dora": True},
+        "tokens": {"trainable_token_indices": {"embed_tokens": [3, 7, 12], "lm_head": [5]}},
+    },
+    "added": {
+        "added": {"vocabulary": 67, "modules_to_save": TABLES, "target_modules": ATTENTION},
+        "added-tokens": {"vocabulary": 64, "trainable_token_indices": [61, 62, 63], "target_modules": ATTENTION},
+        "fewer": {"vocabulary": 60},
+        "plain": {"r": 3},
+    },
+}
+"""By what they are extras of, then by name: LoraConfig fields and what `save_trained` takes besides."""
 
 
 def make_base(biased: bool) -> LlamaForCausalLM:

@@ -6,6 +6,7 @@ Everything takes a device, so that a test for CUDA runs on the CPU as well.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
 }
 """Without windows and capped scores: of these FlashInfer compiles variants of their own, a minute each."""
+MIXED_RANKS: dict[str, dict[str, Any]] = {
+    "r3": {"r": 3},
+    "attention": {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "r16": {"r": 16},
+    "r40": {"r": 40},
+    "r100": {"r": 100},
+}
+WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+    "router": {"target_modules": ["k_proj"], "target_parameters": ["gate.weight"]},
+    "experts": {"target_modules": [], "target_parameters": ["gate_up_proj", "experts.down_proj"], "r": 3},
+    "everything": {"r": 20},
+}
+"""LoraConfig fields by name of adapters, for any family and for one with experts."""
 
 
 def save_model(folder: Path, family: str = "llama", **more: Any) -> Path:
@@ -91,6 +106,27 @@ def save_adapters(model: Path, folder: Path, adapters: dict[str, dict[str, Any]]
             if "lora_" in parameter_name:
                 parameter.data.normal_(0, scale).copy_(parameter.data.bfloat16())
         adapted.save_pretrained(folder / name)
+
+
+def random_sampling(rng: random.Random, most_tokens: int) -> dict[str, Any]:
+    """Fields of SamplingParams: few requests want much, many nothing but a length and a temperature."""
+    sampling: dict[str, Any] = {"max_tokens": rng.randint(1, most_tokens), "temperature": rng.choice((0.0, 0.7, 1.3))}
+    options = {
+        "seed": rng.randrange(2**40),
+        "top_p": 0.9,
+        "top_k": 11,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.4,
+        "frequency_penalty": -0.3,
+        "logprobs": rng.randint(0, 5),
+        "logit_bias": {rng.randrange(60): 2.0},
+        "min_tokens": min(3, sampling["max_tokens"]),
+        "stop_token_ids": (5, 6),
+        "ignore_eos": False,
+        "n": rng.randint(2, 3),
+    }
+    return sampling | {name: options[name] for name in rng.sample(list(options), rng.choice((0, 0, 1, 3)))}
 
 
 class Judge:

@@ -129,8 +129,9 @@ class StateFile:
             except OSError as error:
                 problem = error.strerror or str(error)  # an error's own text has the name of the part, always another
                 if problem != self._problem:
-                    why = f"a restart will not know what is changed now: {problem}"
-                    log.error("%s cannot be written, %s", self.path, why)
+                    log.error(
+                        "%s cannot be written, a restart will not know what is changed now: %s", self.path, problem
+                    )
                 self._problem = problem
             with self._changed:
                 self._writing = False

@@ -18,5 +18,4 @@ def warm_up_rows(max_rows: int, top_k: int = 0, num_experts: int = 0) -> list[in
             first.setdefault((False, ranks, block_m_for(rows, 1, ranks), row_step(rows)), rows)
             if num_experts:
                 first.setdefault((True, ranks, block_m_for(visits, num_experts, ranks), row_step(visits)), rows)
-    # One row, and a number that 16 does not divide: sizes for which Triton compiles kernels of their own.
-    return sorted({1, min(17, max_rows), *first.values(), max_rows})
+    return sorted({*first.values(), max_rows})

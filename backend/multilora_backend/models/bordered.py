@@ -19,14 +19,7 @@ from multilora_backend.adapters.ranks import PAGE, padded
 from multilora_backend.models.batch import Batch
 from multilora_backend.models.linear import FusedLinear
 from multilora_backend.models.lora import Grouped, LoraStep, plan_of_one
-from multilora_kernels import (
-    CopyTable,
-    Delta,
-    Segments,
-    copy_blocks,
-    max_tiles,
-    plan_segments,
-)
+from multilora_kernels import CopyTable, Delta, Segments, copy_blocks, max_tiles, plan_segments
 
 DECODE_BLOCK_M = 16
 PROMPT_TIER, PROMPT_WIDTH = TIERS[0], 2

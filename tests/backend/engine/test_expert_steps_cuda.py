@@ -13,7 +13,7 @@ import torch
 import gpu_driver
 import gpu_models
 from gpu_driver import Driver
-from gpu_models import CUDA, DEVICES, TIMEOUT_S, Judge, check_logits
+from gpu_models import CUDA, DEVICES, TIMEOUT_S, WITH_EXPERTS, Judge, check_logits
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.models import moe
 from multilora_backend.models.lora import Grouped
@@ -21,12 +21,6 @@ from multilora_backend.models.lora import Grouped
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 FAMILY = "qwen3_moe"
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
-    "router": {"target_modules": ["k_proj"], "target_parameters": ["gate.weight"]},
-    "experts": {"target_modules": [], "target_parameters": ["gate_up_proj", "experts.down_proj"], "r": 3},
-    "everything": {"r": 20},
-}
 ON_EXPERTS = ("experts", "everything")
 TIE = 0.1
 """Of these prompts' rows some have a third and a fourth expert that are 0.007 apart, where bf16 is 0.05 off."""
@@ -42,7 +36,7 @@ def _free() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("experts")
     gpu_models.save_model(root / "model", FAMILY)
-    gpu_models.save_adapters(root / "model", root / "adapters", ADAPTERS)
+    gpu_models.save_adapters(root / "model", root / "adapters", WITH_EXPERTS)
     return root
 
 
@@ -56,7 +50,7 @@ def submit(driver: Driver, names: list[str], count: int = 9) -> Driver:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_graphs_hold_all_but_adapters_on_experts(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch):
-    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(ADAPTERS)
+    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(WITH_EXPERTS)
     judge = Judge(folder / "model", folder / "adapters", device)
     sites: list[int] = []
     add = Grouped.add_on_experts
@@ -72,7 +66,7 @@ def test_graphs_hold_all_but_adapters_on_experts(folder: Path, device: str, monk
     assert driver.prompts_replayed
     assert not sites, "nothing is launched for experts that no adapter acts on"
 
-    submit(driver, ["", *ADAPTERS])
+    submit(driver, ["", *WITH_EXPERTS])
     check_logits(driver.requests.values(), judge, TIE)
     expert_sites = {i for i, site in enumerate(driver.engine.model.sites) if site.experts}
     assert len(expert_sites) == 4
@@ -84,7 +78,7 @@ def test_graphs_hold_all_but_adapters_on_experts(folder: Path, device: str, monk
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_in_one_adapter_stays_in_its_rows(folder: Path, device: str):
-    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(ADAPTERS)
+    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(WITH_EXPERTS)
     lease = driver.engine.adapters.lease("everything")
     pool = driver.engine.adapters.pool
     start, stop = lease.rank_start, lease.rank_start + padded(lease.rank)
@@ -92,7 +86,7 @@ def test_nan_in_one_adapter_stays_in_its_rows(folder: Path, device: str):
         per_rank = len(tensor) // pool.num_ranks
         tensor[start * per_rank : stop * per_rank] = torch.nan
     driver.engine.adapters.release(lease)
-    submit(driver, ["", *ADAPTERS], count=10)
+    submit(driver, ["", *WITH_EXPERTS], count=10)
     own = [request for request in driver.requests.values() if request.adapter == "everything"]
     assert all(request.logits.isnan().all() for request in own)
     others = [request for request in driver.requests.values() if request.adapter != "everything"]
@@ -101,8 +95,8 @@ def test_nan_in_one_adapter_stays_in_its_rows(folder: Path, device: str):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
 def test_a_step_on_experts_never_asks_the_device(folder: Path, device: str):
-    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(ADAPTERS)
-    submit(driver, ["", *ADAPTERS])
+    driver = Driver(folder, device, adapter_device_bytes=2**24).preload(WITH_EXPERTS)
+    submit(driver, ["", *WITH_EXPERTS])
     before = torch.cuda.get_sync_debug_mode()
     launch = driver.runner.launch
 

@@ -5,40 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import gpu_driver
 import gpu_models
-from extras_models import ATTENTION, ResizingJudge, save_trained
+from extras_models import EXTRAS, ResizingJudge, save_trained
 from gpu_driver import Driver, Mode
 from gpu_models import DEVICES, TIMEOUT_S, check_logits
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
-
-TABLES = ["embed_tokens", "lm_head"]
-GROUPS: dict[str, dict[str, dict[str, Any]]] = {
-    "affine": {
-        "dora": {"use_dora": True, "r": 6},
-        "lora-bias": {"lora_bias": True, "r": 20},
-        "dora-bias": {"use_dora": True, "bias": "all", "target_modules": ATTENTION},
-        "plain": {"r": 3},
-    },
-    "tables": {
-        "norms": {"modules_to_save": ["norm"], "r": 4},
-        "both": {"modules_to_save": TABLES, "target_modules": ATTENTION},
-        "lora-both": {"target_modules": [*ATTENTION, *TABLES], "use_dora": True},
-        "tokens": {"trainable_token_indices": {"embed_tokens": [3, 7, 12], "lm_head": [5]}},
-    },
-    "added": {
-        "added": {"vocabulary": 67, "modules_to_save": TABLES, "target_modules": ATTENTION},
-        "added-tokens": {"vocabulary": 64, "trainable_token_indices": [61, 62, 63], "target_modules": ATTENTION},
-        "fewer": {"vocabulary": 60},
-        "plain": {"r": 3},
-    },
-}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +39,7 @@ def _free() -> Iterator[None]:
 def test_as_near_to_the_truth_as_transformers_and_peft(
     tmp_path: Path, device: str, family: str, settings: dict, group: str
 ):
-    adapters = GROUPS[group]
+    adapters = EXTRAS[group]
     gpu_models.save_model(tmp_path / "model", family, **settings)
     for seed, (name, fields) in enumerate(adapters.items()):
         save_trained(tmp_path / "model", tmp_path / "adapters" / name, seed, **fields)

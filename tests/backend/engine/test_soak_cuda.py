@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ import torch
 import gpu_driver
 import gpu_models
 from gpu_driver import Driver
-from gpu_models import DEVICES, TIMEOUT_S, Judge, Request, check_logits
+from gpu_models import DEVICES, TIMEOUT_S, Judge, Request, check_logits, random_sampling
 from multilora_backend.adapters.state import AdapterState
 from multilora_backend.core import FinishReason
 from multilora_backend.protocol import Abort
@@ -94,24 +93,7 @@ class Traffic:
         if rng.random() < 0.3:
             prompt[:20] = list(range(10, 30))  # beginnings that requests share
         adapter = rng.choice(["", "", *ADAPTERS])
-        sampling: dict[str, Any] = {"max_tokens": rng.randint(1, 40), "temperature": rng.choice((0.0, 0.7, 1.3))}
-        options = {
-            "seed": rng.randrange(2**40),
-            "top_p": 0.9,
-            "top_k": 11,
-            "min_p": 0.02,
-            "repetition_penalty": 1.2,
-            "presence_penalty": 0.4,
-            "frequency_penalty": -0.3,
-            "logprobs": rng.randint(0, 5),
-            "logit_bias": {rng.randrange(VOCAB): 2.0},
-            "min_tokens": min(3, sampling["max_tokens"]),
-            "stop_token_ids": (5, 6),
-            "ignore_eos": False,
-            "n": rng.randint(2, 3),
-        }
-        sampling |= {name: options[name] for name in rng.sample(list(options), rng.choice((0, 0, 1, 3)))}
-        self.driver.submit(prompt, adapter, **sampling)
+        self.driver.submit(prompt, adapter, **random_sampling(rng, 40))
 
     def _abort(self) -> None:
         number = self.rng.choice(list(self.driver.requests))

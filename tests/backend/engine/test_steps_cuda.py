@@ -16,7 +16,7 @@ import torch
 import gpu_driver
 import gpu_models
 from gpu_driver import Driver, Mode, run_eagerly
-from gpu_models import DEVICES, TIMEOUT_S
+from gpu_models import DEVICES, MIXED_RANKS, TIMEOUT_S
 from multilora_backend.adapters.ranks import padded
 from multilora_backend.core import StepPlan
 from multilora_backend.engine.graphs import DecodeGraph
@@ -26,14 +26,7 @@ from multilora_backend.models.bordered import Bordered
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
-ADAPTERS = {
-    "r3": {"r": 3},
-    "attention": {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "r16": {"r": 16},
-    "r40": {"r": 40},
-    "r100": {"r": 100},
-}
-NAMES = ["", *ADAPTERS]
+NAMES = ["", *MIXED_RANKS]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +39,7 @@ def _free() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("steps")
     gpu_models.save_model(root / "model")
-    gpu_models.save_adapters(root / "model", root / "adapters", ADAPTERS)
+    gpu_models.save_adapters(root / "model", root / "adapters", MIXED_RANKS)
     return root
 
 
