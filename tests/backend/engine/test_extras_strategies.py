@@ -112,7 +112,7 @@ def test_warm_up_launches_what_extras_will_need(root: Path, strategy: str, monke
     with monkeypatch.context() as patch, Launches(patch) as counted:
         driver.runner.warm_up(40)
     kinds = 2 * (1 + (strategy == "bordered"))  # ranks up to 16 and beyond, and both with the border
-    assert counted.counts["row_affine",] == 3 * kinds * 8, "3 sizes, 4 linears in 2 layers"
+    assert counted.counts["row_affine",] == 2 * kinds * 8, "2 sizes, 4 linears in 2 layers"
     none = Driver(root, "cpu", Mode(strategy, False), overlap=False, dtype="float32", adapter_extras_bytes=1)
     with monkeypatch.context() as patch, Launches(patch) as counted:
         none.runner.warm_up(40)
