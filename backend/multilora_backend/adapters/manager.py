@@ -186,8 +186,9 @@ class AdapterManager(Commands):
         return self._life.waits_for_room(self._record(key))
 
     def loading(self, key: str) -> bool:
-        """True from a `request` that was heard until the adapter is ACTIVE, or will not be."""
-        return self._record(key).state is AdapterState.LOADING
+        """True from a `request` that was heard until the adapter is ACTIVE, or will not be; what is gone will not."""
+        record = self.records.get(key)
+        return record is not None and record.state is AdapterState.LOADING
 
     def lease(self, key: str) -> Lease | None:
         """None unless ACTIVE. Give each lease back by `release`."""
@@ -216,8 +217,13 @@ class AdapterManager(Commands):
         return self._record(key).version in self._life.host
 
     def device_bytes(self, key: str) -> tuple[int, bool]:
-        """Bytes that it takes in the pool, or would, 0 while its rank is unknown; and whether it has them."""
-        residency, record = self._life.residency, self._record(key)
+        """Bytes that it takes in the pool, or would, 0 while its rank is unknown; and whether it has them.
+
+        What is gone has none: the scheduler may remember it for longer.
+        """
+        residency, record = self._life.residency, self.records.get(key)
+        if record is None:
+            return 0, False
         place = residency.place(key)
         rank = record.rank if place is None else place.rank
         return padded(rank) * residency.pool.bytes_per_rank + grains(record.extras_bytes), place is not None

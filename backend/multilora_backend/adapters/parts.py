@@ -43,7 +43,7 @@ def take_in_parts(life: Lifecycle, record: AdapterRecord, outcome: Outcome) -> b
                 life.books.events.append(Event(Happened.CHANGED, part, read))
             continue
         if weights is not None:
-            reason = unexpected(part.entry.version, weights.version)
+            reason = _refused(life, part, weights)
         if reason and free and part.state is AdapterState.COLD:
             part.refused = read.fingerprint
             life.books.fail(part, reason, passing=read.fingerprint is None)
@@ -65,10 +65,13 @@ def take_in_parts(life: Lifecycle, record: AdapterRecord, outcome: Outcome) -> b
 def _can_follow(life: Lifecycle, part: AdapterRecord, weights: AdapterWeights) -> bool:
     """Whether a part that serves from the device can be replaced by what its source holds now."""
     serves = part.state is AdapterState.ACTIVE and not part.retired
-    refused = unexpected(part.entry.version, weights.version) or life.residency.pool.too_large(
-        weights.rank, weights.extras_bytes
-    )
-    return serves and not refused
+    return serves and not _refused(life, part, weights)
+
+
+def _refused(life: Lifecycle, part: AdapterRecord, weights: AdapterWeights) -> str:
+    """Why a part would be, read for itself; empty if it is fine."""
+    reason = unexpected(part.entry.version, weights.version)
+    return reason or life.residency.pool.too_large(weights.rank, weights.extras_bytes)
 
 
 def unexpected(wanted: str, found: str) -> str:

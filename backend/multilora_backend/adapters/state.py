@@ -43,7 +43,8 @@ _LEGAL: dict[AdapterState, frozenset[AdapterState]] = {
     AdapterState.LOADING: frozenset({AdapterState.ACTIVE, AdapterState.FAILED, AdapterState.COLD}),
     AdapterState.ACTIVE: frozenset({AdapterState.EVICTING}),
     AdapterState.EVICTING: frozenset({AdapterState.COLD}),
-    AdapterState.FAILED: frozenset({AdapterState.COLD}),
+    # FAILED -> FAILED: refused for want of room while it was being read, and the reading has failed as well.
+    AdapterState.FAILED: frozenset({AdapterState.COLD, AdapterState.FAILED}),
 }
 
 

@@ -94,13 +94,19 @@ def state_path(config: Config) -> Path:
 
 
 def see_to_holders(engine: Engine, polled: Polled) -> None:
-    """Sequences whose revision cannot be served go on with its successor, or end with the reason."""
+    """Sequences whose revision cannot be served go on with its successor, or end with the reason.
+
+    A revision that was unloaded is gone with the last of them: nothing may be asked of one that nobody waits for.
+    """
     for key in polled.failed:
-        engine.fail(engine.scheduler.waiting_for(key), ErrorCode.INTERNAL, engine.adapters.reason(key))
+        if waiting := engine.scheduler.waiting_for(key):
+            engine.fail(waiting, ErrorCode.INTERNAL, engine.adapters.reason(key))
     for key in polled.looked_at:
         _hand_back(engine, engine.scheduler.waiting_for(key), key)
     for key, successor in polled.moved:
         waiting = engine.scheduler.waiting_for(key)
+        if not waiting:
+            continue
         # What has output cannot go on with other weights: it would be half of one and half of another adapter.
         counts = Counter(sequence.key[:2] for sequence in waiting)
         begun = {s.key[:2] for s in waiting if s.num_output_tokens or counts[s.key[:2]] < s.sampling.n}
@@ -120,6 +126,8 @@ def _hand_back(engine: Engine, waiting: list[Sequence], key: str) -> None:
 
     What names tokens that the adapter has not is handed back as well: it is refused when it comes again.
     """
+    if not waiting:
+        return
     tokens, known = engine.adapters.tokens(key), engine.adapters.vocabulary(key) or engine.card.vocab_size
     wrong = [each for each in waiting if each.tokens_digest != tokens.digest or each.ids_below > known]
     engine.retokenise(wrong, tokens)

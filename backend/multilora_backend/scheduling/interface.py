@@ -10,14 +10,17 @@ from multilora_backend.adapters.state import AdapterState, Lease
 
 
 class Adapters(Protocol):
-    """What the scheduler needs of the adapter manager, by key. Nothing here may block."""
+    """What the scheduler needs of the adapter manager, by key. Nothing here may block.
+
+    Keys of waiting or running sequences are known; where others may be gone, it says what follows.
+    """
 
     def request(self, key: str, protect: Collection[str] = ()) -> AdapterState:
         """Asks for an adapter to become ACTIVE. Room is never made by evicting one of `protect`."""
         ...
 
     def loading(self, key: str) -> bool:
-        """True while it is read or copied; what comes of that needs no further `request`."""
+        """True while it is read or copied; what comes of that needs no further `request`. False if it is gone."""
         ...
 
     def waits_for_room(self, key: str) -> bool:
@@ -33,7 +36,7 @@ class Adapters(Protocol):
         ...
 
     def load_cost_s(self, key: str) -> float:
-        """Seconds until it would be ACTIVE if it were asked for now; 0 if it is."""
+        """Seconds until it would be ACTIVE if it were asked for; 0 if it is. Raises MultiloraError if it is gone."""
         ...
 
     def prefetch(self, key: str) -> None:
@@ -41,7 +44,7 @@ class Adapters(Protocol):
         ...
 
     def device_bytes(self, key: str) -> tuple[int, bool]:
-        """Bytes that it takes on the device, or would, 0 while unknown; and whether it has them."""
+        """Bytes that it takes on the device, or would, 0 while unknown; and whether it has them. None if it is gone."""
         ...
 
     def give_up(self, key: str) -> bool:
