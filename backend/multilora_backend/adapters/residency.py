@@ -194,6 +194,7 @@ class Residency:
         self._books.fail(record, f"cannot be copied to the device: {error}", passing=True)
 
     def _evictable(self, record: AdapterRecord) -> bool:
-        # Of what is retired the source may have changed: whoever holds it needs this copy.
-        last_copy = record.retired and record.holds > 0 and record.version not in self._host
+        # Of what is retired the source may have changed: whoever is to run with it needs this copy. A composition does
+        # not, and may be waiting for just this room.
+        last_copy = record.retired and record.own_holds > 0 and record.version not in self._host
         return not record.leases and not record.pinned and not last_copy

@@ -163,3 +163,27 @@ def test_what_was_unloaded_is_gone_with_its_last_request_also_within_a_poll(star
     driver.submit(2, PROMPT, GREEDY, "b")
     driver.run()
     assert driver.reasons.keys() == {(2, 0)}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_does_not_wait_for_the_room_of_its_own_part(start: Callable[..., Driver], tmp_path: Path, in_place: bool):
+    """A replaced part is kept on the device for those that run with it, but a sum is made of what its source holds."""
+    driver = start(ranks=24, adapter_host_bytes=1000)
+    adapters, folder = driver.engine.adapters, tmp_path / "source"
+    shutil.copytree(tmp_path / "adapters/c", folder)
+    adapters.load("x", str(folder))
+    driver.submit(1, PROMPT, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), "x")
+    until(driver, lambda: len(driver.tokens.get((1, 0), ())) > 3)
+    driver.submit(2, PROMPT, GREEDY, "x:0.5,b:0.5")
+    driver.step()
+    if in_place:
+        folder.rename(tmp_path / "former")
+        shutil.copytree(tmp_path / "adapters/a", folder)
+    adapters.load("x", str(folder if in_place else tmp_path / "adapters/a"))
+    until(driver, lambda: adapters.revisions.current["x"].key == "x@2")
+    assert (1, 0) not in driver.reasons, "it was to be replaced while it runs"
+    driver.run()
+    driver.submit(3, PROMPT, GREEDY, "a:0.5,b:0.5" if in_place else "c:0.5,b:0.5")
+    driver.run()
+    assert driver.reasons.keys() == {(1, 0), (2, 0), (3, 0)}
+    assert driver.tokens[2, 0] == driver.tokens[3, 0]
