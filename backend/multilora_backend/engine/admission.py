@@ -28,6 +28,8 @@ def admit(engine: Engine, message: Submit) -> str | Retokenise:
     if not 1 <= prompt < engine.model.max_model_len:
         limit = engine.model.max_model_len - 1
         raise invalid("text_input", f"must be 1 to {limit} tokens, got {prompt}")
+    if message.sampling.n > engine.config.max_n:
+        raise invalid("n", f"must be at most max_n, {engine.config.max_n}, got {message.sampling.n}")
     if len(engine.scheduler.waiting) + message.sampling.n > engine.config.max_waiting:
         limit = engine.config.max_waiting
         raise MultiloraError(ErrorCode.UNAVAILABLE, f"too many waiting requests: max_waiting is {limit}")

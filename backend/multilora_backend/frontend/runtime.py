@@ -160,7 +160,10 @@ def _is_private(base: Path) -> bool:
 def _sweep(base: Path) -> None:
     """Removes the folders of servers that were killed: those without members."""
     for members in base.glob("*-*/members"):
-        lock = _lock(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            lock = _lock(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:  # another front end, which starts at the same time, has swept it
+            continue
         if lock is not None:
             shutil.rmtree(members.parent, ignore_errors=True)
             os.close(lock)

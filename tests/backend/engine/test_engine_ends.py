@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from engine_bench import ADAPTERS, GREEDY, PROMPTS, Driver
 from multilora_backend.core import SamplingParams
 from multilora_backend.errors import ErrorCode
-from multilora_backend.protocol import Abort
+from multilora_backend.protocol import Abort, Submit
 
 pytestmark = pytest.mark.usefixtures("mode")
 
@@ -31,6 +32,24 @@ def test_abort_takes_one_sequence_or_all_and_frees_at_once(folder: Path):
     assert len(driver.tokens[1, 0]) == 9
 
 
+def test_an_abort_costs_the_same_however_many_wait(folder: Path):
+    engine = Driver(folder, max_waiting=8000).engine
+
+    def seconds(count: int) -> float:
+        """All of them wait, and all are aborted."""
+        for number in range(count):
+            engine.submit("front", Submit(number, [5, 6], GREEDY))
+        began = time.process_time()
+        for number in range(count):
+            engine.abort("front", Abort(number))
+        took = time.process_time() - began
+        assert not engine.scheduler.has_work
+        return took
+
+    few, many = min(seconds(500) for _ in range(3)), seconds(8000)
+    assert many < 64 * few, "16 times as many take 16 times as long, or 256 if each goes through all"
+
+
 def test_a_front_end_that_leaves_takes_its_requests_along(folder: Path):
     driver = Driver(folder)
     driver.submit(0, [5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
@@ -47,6 +66,7 @@ def test_refusals_name_field_and_limit(folder: Path):
     driver.submit(2, [], GREEDY)
     driver.submit(3, [61], GREEDY)
     driver.submit(4, [5], SamplingParams(n=3))
+    driver.submit(5, [5], SamplingParams(n=17))
     driver.run()
     known = list(ADAPTERS)
     assert driver.failed[0].message == f"LoRA nobody is not supported, we currently support {sorted(known)}"
@@ -55,6 +75,7 @@ def test_refusals_name_field_and_limit(folder: Path):
     assert "vocabulary's 61" in driver.failed[3].message
     assert driver.failed[4].code is ErrorCode.UNAVAILABLE
     assert "max_waiting" in driver.failed[4].message
+    assert driver.failed[5].message == "n: must be at most max_n, 16, got 17"
 
 
 def test_a_broken_adapter_fails_its_requests_only(folder: Path, expected: dict, tmp_path: Path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from multilora_backend.config import Config
 from multilora_backend.errors import MultiloraError
+from multilora_backend.frontend import runtime
 from multilora_backend.frontend.runtime import RuntimeFolder, find, folder_for
 
 
@@ -44,6 +46,22 @@ def test_folders_of_dead_servers_are_swept_and_those_of_living_ones_are_not(shor
         assert folder.last()
         folder.leave(remove=True)
     assert not any(base.iterdir())
+
+
+def test_what_another_sweeps_meanwhile_is_no_error(short_path, monkeypatch):
+    base = short_path / "base"
+    for folder in [RuntimeFolder(base / name) for name in ("1-dead", "2-dead")]:
+        folder.leave(remove=False)
+    lock = runtime._lock
+
+    def lock_late(path: Path, kind: int) -> int | None:
+        if path.parent.name == "1-dead":
+            shutil.rmtree(path.parent)
+        return lock(path, kind)
+
+    monkeypatch.setattr(runtime, "_lock", lock_late)
+    RuntimeFolder(base / "3-new")
+    assert [path.name for path in base.iterdir()] == ["3-new"]
 
 
 def test_one_leads_and_the_last_of_several_knows(short_path):
