@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -130,7 +131,8 @@ def _serve(options: argparse.Namespace) -> int:
             repository=options.repository,
             drain_s=options.drain,
         ) as server:
-            seconds = server.wait_ready()
+            # engine_start_timeout_s ends a load that takes too long, and a failed load ends the server.
+            seconds = server.wait_ready(math.inf)
             _say(f"ready after {seconds:.1f} s: HTTP {server.http}, gRPC {server.grpc}, metrics {server.metrics}")
             code = server.wait()
             _say(f"tritonserver {launcher.describe(code)}")

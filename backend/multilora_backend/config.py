@@ -17,6 +17,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any, Literal
 
 from multilora_backend.errors import ErrorCode, MultiloraError, invalid
@@ -165,7 +166,7 @@ class Config:
         require("adapter_host_bytes", self.adapter_host_bytes >= 0, "0 or more")
         require("metrics_adapters", self.metrics_adapters >= 0, "0 or more")
         require("metrics_tenants", self.metrics_tenants >= 0, "0 or more")
-        require("adapters_watch_s", self.adapters_watch_s >= 0, "0 or more")
+        require("adapters_watch_s", 0 <= self.adapters_watch_s <= TIMEOUT_MAX, "0 or more, and finite")
         require("adapter_max_bytes", self.adapter_max_bytes >= 1, "at least 1")
         require("max_overtake_s", 0 <= self.max_overtake_s < math.inf, "0 or more, and finite")
         require("tenure_s", 0 < self.tenure_s < math.inf, "above 0, and finite")
@@ -175,7 +176,7 @@ class Config:
         for name in ("tenant_header", "priority_header"):
             value = getattr(self, name)
             require(name, not value or bool(_HEADER.fullmatch(value)), "the name of an HTTP header")
-        require("engine_start_timeout_s", self.engine_start_timeout_s > 0, "above 0")
+        require("engine_start_timeout_s", 0 < self.engine_start_timeout_s <= TIMEOUT_MAX, "above 0, and finite")
         require("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
 
     @property

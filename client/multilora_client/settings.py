@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -25,6 +26,10 @@ READY_POLL_S = 0.2
 DEFAULT_URLS = {"grpc": "localhost:8001", "http": "localhost:8000"}
 
 _SCHEMES = {"grpc": ("grpc", "grpcs"), "http": ("http", "https")}
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_HEADER_VALUE = re.compile(r"[\t -~]*")
+"""Of what HTTP and gRPC both carry."""
 
 Protocol: TypeAlias = Literal["grpc", "http"]
 
@@ -53,6 +58,9 @@ class Settings:
             raise ValueError(f"timeout: must be above 0, got {self.timeout!r}")
         if self.retries < 0:
             raise ValueError(f"retries: must be 0 or more, got {self.retries!r}")
+        for name, value in self.headers.items():
+            if not (_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
+                raise ValueError(f"headers: {name!r} must be a header's name and have printable ASCII, got {value!r}")
 
         try:
             endpoint = self.endpoint

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from multilora_backend import cli
+from multilora_backend import cli, launcher
 from multilora_backend.config import Config
+from multilora_backend.errors import ErrorCode, MultiloraError
 
 REPOSITORY = Path(__file__).parent / "stand_in_repository"
 FREE_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
@@ -33,6 +34,35 @@ def marked(token: str) -> list[int]:
         except OSError:
             pass
     return found
+
+
+def test_serve_waits_for_as_long_as_the_engine_may_take(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    class Slow(launcher.TritonServer):
+        """Compiles kernels for an hour; then it ends."""
+
+        http = grpc = metrics = "127.0.0.1:0"
+
+        def __init__(self, **options) -> None:
+            assert options["settings"] == {"engine_start_timeout_s": "7200"}
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def wait_ready(self, timeout: float = 600.0) -> float:
+            if timeout < 3600:
+                raise MultiloraError(ErrorCode.UNAVAILABLE, f"not ready after {timeout:g} s")
+            return 3600.0
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(launcher, "TritonServer", Slow)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's own stay
+    assert cli.main(["serve", "--set", "engine_start_timeout_s=7200"]) == 1
+    assert "ready after 3600.0 s" in capsys.readouterr().err
 
 
 @pytest.mark.e2e

@@ -134,6 +134,14 @@ def test_headers_are_sent_with_every_request(connect, fake):
     assert fake.received[0]["headers"]["x-tenant"] == "blue"
 
 
+@pytest.mark.parametrize("headers", [{"x": "日"}, {"x": "a\r\ny: b"}, {"x y": "a"}, {"": "a"}])
+def test_headers_that_cannot_be_sent_are_named(connect, headers: dict[str, str]):
+    with pytest.raises(
+        ValueError, match=f"headers: {next(iter(headers))!r} must be a header's name and have printable"
+    ):
+        connect(headers=headers)
+
+
 @pytest.mark.parametrize(
     ("keywords", "field"),
     [

@@ -53,6 +53,7 @@ class Books:
         """Likewise."""
 
     def add(self, record: AdapterRecord) -> None:
+        record.since = self.clock()
         self.records[record.key] = record
         self.by_state[record.state] += 1
         if record.version:

@@ -63,7 +63,7 @@ class AdapterRecord:
 
     state: AdapterState = field(default=AdapterState.COLD, init=False)
     since: float = field(default=0.0, init=False)
-    """When the state last changed, on the manager's clock."""
+    """When the state last changed, or the record was made, on the manager's clock."""
     reason: str = field(default="", init=False)
     """Why it is FAILED; empty in every other state."""
     note: str = field(default="", init=False)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from multilora_backend.composition import is_composed
 from multilora_backend.config import Config
 from multilora_backend.errors import invalid
 from multilora_backend.frontend.routing import MAX_TENANT_LENGTH, adapter_name, printable, without_reserved
@@ -46,6 +47,9 @@ class _Text:
 
 class _Name:
     def read(self, name: str, value: object) -> str:
+        # Requests may name sums, which have no life of their own.
+        if isinstance(value, dict | list) or (isinstance(value, str) and is_composed(value)):
+            raise invalid(name, f"must be the name of one adapter, got {shown(value)}")
         text = adapter_name(name, value)
         if not text:
             raise invalid(name, "must not be empty")

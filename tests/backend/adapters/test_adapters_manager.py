@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapter_bench import SITE, Bench, version_of, weights_of
+from multilora_backend.adapters.books import Books
 from multilora_backend.adapters.entry import AdapterEntry
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.sources import Source
@@ -200,6 +201,13 @@ def test_a_slot_used_again_has_another_generation():
         bench.manager.release(leases[-1])
     assert len({lease.slot for lease in leases}) == 1
     assert len({lease.generation for lease in leases}) == 3
+
+
+def test_an_adapter_is_cold_since_it_was_made():
+    books = Books(lambda: 7.5)
+    record = AdapterRecord("a", AdapterEntry("a", Source.of_folder(Path("/a"))))
+    books.add(record)
+    assert (record.state, record.since) == (COLD, 7.5)
 
 
 def test_illegal_transitions():
