@@ -229,7 +229,7 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     steps_total: int
     preemptions_total: int
     prefix_cache_queries_total: int
-    """Prompt tokens looked up in the prefix cache, and found there."""
+    """Prompt tokens looked up in the prefix cache, and found there; once a sequence, when it first runs."""
     prefix_cache_hits_total: int
     adapter_loads_total: int
     adapter_load_failures_total: int

@@ -53,7 +53,7 @@ class _Span:
 
 
 class Border(Generic[Key]):
-    """Plans only: whoever asks for a placement must carry out its moves, or `forget` those that it does not.
+    """Plans only: whoever asks for a placement must carry out its moves, or `clear` all if it may not have.
 
     A key names content that never changes, such as a slot's generation: another adapter is another key.
     """
@@ -96,6 +96,11 @@ class Border(Generic[Key]):
         self._spans.pop(key, None)
         if key in self._wanted:
             self._wanted, self._steady = {}, Placement(0, {}, ())
+
+    def clear(self) -> None:
+        """Moves may not have been carried out: nothing is known of what lies where, and all that is wanted is moved."""
+        self._spans.clear()
+        self._wanted, self._steady = {}, Placement(0, {}, ())
 
     def _move_in(self, sizes: dict[Key, int], pages: int) -> list[Key]:
         """Brings everything within the first `pages`; returns what has to be copied for that."""

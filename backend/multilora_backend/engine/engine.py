@@ -68,7 +68,7 @@ class Engine:
         if self.model.device.type == "cuda" and not config.num_threads:
             torch.set_num_threads(min(torch.get_num_threads(), CUDA_CPU_THREADS))
         self.adapters, self._watcher = create_adapters(config, self.model, wake)
-        lora = create_strategy(config.lora_strategy, linears(self.model.module), self.adapters.pool)
+        self._lora = create_strategy(config.lora_strategy, linears(self.model.module), self.adapters.pool)
         # After the adapters' memory: on CUDA the pages take what is left.
         num_pages = memory.num_pages(config, self.model)
         self.pages = PageTable(num_pages, config.block_size, config.enable_prefix_caching)
@@ -87,7 +87,7 @@ class Engine:
             tenants=tenants,
             host=host,
         )
-        self.runner = create_runner(config, self.model, lora, host.num_pages)
+        self.runner = create_runner(config, self.model, self._lora, host.num_pages)
         cuda = self.model.device.type == "cuda"
         self._overlap = config.async_scheduling == "true" or (config.async_scheduling == "auto" and cuda)
         self._in_flight: Launched | None = None
@@ -183,6 +183,7 @@ class Engine:
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         """Whatever a batch died of, it ends that batch's requests and not the server, as long as the device lives."""
         log.error("step %d failed", self.statistics.steps, exc_info=error)
+        self._lora.forget_copies()
         message = f"the step failed: {type(error).__name__}: {error}"
         self.fail([slot.sequence for slot in plan.slots], ErrorCode.INTERNAL, message)
         if self.model.device.type == "cuda":

@@ -110,7 +110,8 @@ class Penalties:
     def _free_row(self) -> int:
         if not self._free:
             old = self._said
-            self._said = old.new_zeros(max(FIRST_ROWS, 2 * len(old)), old.shape[1])
-            self._said[: len(old)].copy_(old)
-            self._free = list(range(len(old), len(self._said)))
+            said = old.new_zeros(max(FIRST_ROWS, 2 * len(old)), old.shape[1])
+            said[: len(old)].copy_(old)
+            self._said = said  # only now: if the copy fails, that is the new sequences' failure and not the others'
+            self._free = list(range(len(old), len(said)))
         return self._free.pop()

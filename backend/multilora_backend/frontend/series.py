@@ -85,7 +85,9 @@ SERIES: dict[str, Series] = {
     "multilora:preemptions_total": _counter(
         "Sequences that lost their KV pages: they are moved to the host or computed again."
     ),
-    "multilora:prefix_cache_queries_total": _counter("Prompt tokens looked up in the prefix cache."),
+    "multilora:prefix_cache_queries_total": _counter(
+        "Prompt tokens looked up in the prefix cache, once for each sequence that has started."
+    ),
     "multilora:prefix_cache_hits_total": _counter("Prompt tokens found in the prefix cache."),
     # Adapters
     "vllm:lora_requests_info": _gauge(

@@ -105,6 +105,9 @@ class Bordered(Grouped):
             pool, targets = self._pool, [(move.key[0], move.start) for move in step.moves]
             self._copy([(int(pool.rank_start[s]), start, padded(int(pool.rank[s]))) for s, start in targets])
 
+    def forget_copies(self) -> None:
+        self._border.clear()
+
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         width = linear.site.width
         if not self._tier or width > self._widest * linear.site.in_features:

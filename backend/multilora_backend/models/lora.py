@@ -88,6 +88,10 @@ class LoraStrategy(Protocol):
         """Queues the step's moves; from here on `project` works under this step. `segments` are its, on the device."""
         ...
 
+    def forget_copies(self) -> None:
+        """A step has failed: copies that it was to make may be missing, so the next step makes all that it needs."""
+        ...
+
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:
         """x `[T, in_features]` -> base output `[T, width]` and what is to be added to it."""
         ...
@@ -123,6 +127,9 @@ class NoLora:
         return LoraStep()
 
     def enter(self, step: LoraStep, segments: Segments | None) -> None:
+        pass
+
+    def forget_copies(self) -> None:
         pass
 
     def project(self, linear: FusedLinear, x: Tensor) -> tuple[Tensor, Delta | None]:

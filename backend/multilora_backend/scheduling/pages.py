@@ -32,6 +32,7 @@ class PageTable:
         self.caching = caching
         self.queries = 0
         self.hits = 0
+        """Tokens of prompts that began to be computed, and those of them that were found; see `count`."""
         self._references = [0] * num_pages
         # Pages without a holder, oldest first. Those with a hash can still be found; they are overwritten last.
         self._free: OrderedDict[int, None] = OrderedDict((page, None) for page in range(1, num_pages))
@@ -71,8 +72,15 @@ class PageTable:
         sequence.pages = found
         sequence.num_published = len(found)
         sequence.num_computed = sequence.num_cached = len(found) * self.page_size
-        self.queries += sequence.num_tokens
-        self.hits += sequence.num_cached
+
+    def count(self, sequence: Sequence) -> None:
+        """Counts what `admit` found of a prompt, when the sequence first runs.
+
+        Not each look-up: while there are no pages for it, a sequence is admitted and backed out in every step.
+        """
+        if self.caching:
+            self.queries += sequence.prompt_len
+            self.hits += sequence.num_cached
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for its first `num_tokens` tokens: all that are missing, or none and False."""

@@ -101,6 +101,7 @@ class Sequences:
             turn.ran = True
         if sequence.started is None:
             sequence.started = now
+            self._pages.count(sequence)
             self.lines.charge_prompt(sequence, now)
         sequence.transition(SequenceStatus.RUNNING)
 

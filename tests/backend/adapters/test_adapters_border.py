@@ -12,8 +12,8 @@ CAPACITY, TIERS = 128, (16, 32, 64, 128)
 keys = st.integers(0, 11)
 mixed_ranks = st.lists(st.integers(1, 40), min_size=12, max_size=12)
 equal_ranks = st.integers(1, 40).map(lambda rank: [rank] * 12)
-steps = st.lists(st.sets(keys, max_size=8) | keys.map(lambda key: -1 - key), max_size=30)
-"""What a step wants, or -1 - key to forget."""
+steps = st.lists(st.sets(keys, max_size=8) | keys.map(lambda key: -1 - key) | st.none(), max_size=30)
+"""What a step wants, or -1 - key to forget, or None: nothing that lies there can be relied on."""
 
 
 class Columns:
@@ -43,6 +43,10 @@ def test_every_wanted_adapter_is_whole_and_the_tier_the_smallest(ranks, steps):
     columns = Columns(ranks)
     forgotten: set[int] = set()
     for step in steps:
+        if step is None:
+            border.clear()
+            columns = Columns(ranks)
+            continue
         if isinstance(step, int):
             border.forget(-1 - step)
             forgotten.add(-1 - step)
@@ -116,6 +120,16 @@ def test_forgotten_is_copied_again():
     border.forget("a")
     border.forget("unknown")
     assert border.place({"a": 16}).moves == (Move("a", 0),)
+
+
+def test_after_a_step_that_failed_everything_is_copied_again():
+    border: Border[str] = Border(64, (64,))
+    border.place({"a": 16})
+    border.place({"b": 16, "c": 8})
+    border.clear()
+    assert border.place({"b": 16, "c": 8}).moves == (Move("b", 0), Move("c", 16)), "as in the step before"
+    assert border.place({"a": 16}).moves == (Move("a", 24),)
+    assert border.place({"b": 16, "c": 8}).moves == ()
 
 
 @pytest.mark.parametrize(("capacity", "tiers", "field"), [(8, (16,), "capacity_ranks"), (99, (16, 12), "tiers")])

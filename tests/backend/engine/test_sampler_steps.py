@@ -114,6 +114,26 @@ def test_counts_outlive_the_arrival_of_more_sequences():
     assert [s.token_id for s in one.launch(logits.expand(33, -1), more).result()] == [2] * 3 + [3] * 30
 
 
+def test_counts_outlive_an_arrival_that_fails(monkeypatch: pytest.MonkeyPatch):
+    def die(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    one, logits = sampler(), torch.tensor([0.0, 4.0, 3.0, 2.5, 0.0, 0.0])
+    first = [seq(temperature=0.0, presence_penalty=2.0) for _ in range(3)]
+    for token in (1, 2):
+        assert {s.token_id for s in one.launch(logits.expand(3, -1), first).result()} == {token}
+        for sequence in first:
+            sequence.token_ids.append(-1)
+    more = [seq(temperature=0.0, presence_penalty=2.0, output=[1, 2]) for _ in range(30)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", die)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            one.launch(logits.expand(30, -1), more)
+    for sequence in more:
+        one.forget(sequence)
+    assert {s.token_id for s in one.launch(logits.expand(3, -1), first).result()} == {3}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_warm_up_meets_every_variant_of_the_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
     names, met = ("draw", "draw_greedy", "truncate"), set()
