@@ -27,6 +27,8 @@ class FakeAdapters:
         self.active: list[str] = []
         """Used least recently first."""
         self.in_transit: list[str] = []
+        self.staying: set[str] = set()
+        """Evicted for nobody, as the last copies of what somebody holds."""
         self.leases: Counter[str] = Counter()
         self.on_disk = set(on_disk)
         self.sizes: dict[str, int] = {}
@@ -38,7 +40,7 @@ class FakeAdapters:
             return AdapterState.ACTIVE
         if key not in self.in_transit:
             if len(self.active) + len(self.in_transit) >= self.room:
-                idle = [a for a in self.active if not self.leases[a] and a not in protect]
+                idle = [a for a in self.active if not self.leases[a] and a not in self.staying.union(protect)]
                 if not idle:
                     return AdapterState.COLD
                 self.active.remove(idle[0])
@@ -85,7 +87,7 @@ class FakeAdapters:
         return size, size > 0 and key in self.active + self.in_transit
 
     def give_up(self, key: str) -> bool:
-        if key not in self.active or self.leases[key]:
+        if key not in self.active or self.leases[key] or key in self.staying:
             return False
         self.active.remove(key)
         return True

@@ -194,7 +194,13 @@ class Residency:
         self._books.fail(record, f"cannot be copied to the device: {error}", passing=True)
 
     def _evictable(self, record: AdapterRecord) -> bool:
-        # Of what is retired the source may have changed: whoever is to run with it needs this copy. A composition does
-        # not, and may be waiting for just this room.
-        last_copy = record.retired and record.own_holds > 0 and record.version not in self._host
-        return not record.leases and not record.pinned and not last_copy
+        return not record.leases and not record.pinned and not self._last_copy(record)
+
+    def _last_copy(self, record: AdapterRecord) -> bool:
+        """Of what is retired the source may have changed: whoever is to run with it needs this copy.
+
+        Compositions do not: they are made of copies on the host or of the source, and may need the room for that.
+        """
+        if not record.retired or record.version in self._host:
+            return False
+        return record.holds > sum(whole.holds > 0 for whole in record.wholes.values())

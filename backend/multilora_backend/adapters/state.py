@@ -115,11 +115,6 @@ class AdapterRecord:
         return self.entry.source.text if self.parts else self.entry.name
 
     @property
-    def own_holds(self) -> int:
-        """Without those of compositions, one of each: they are made of what is on the host or at the sources."""
-        return self.holds - sum(whole.holds > 0 for whole in self.wholes.values())
-
-    @property
     def ends(self) -> bool:
         """Nobody will ask for it again."""
         return self.retired and not self.holds and not self.leases

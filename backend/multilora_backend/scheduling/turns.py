@@ -133,7 +133,10 @@ class Turns:
                 if overdue and self._at_hand(line, now):
                     if self._turn_out(line, now, pause):
                         self._request(line, seen)
-                    blocked = self._adapters.waits_for_room(line.adapter)
+                    # Where nobody has a slot or is about to, no turn's end makes room. What is in the way stays until
+                    # its own sequences have ended (see `AdapterManager.give_up`), and they may be among the later ones.
+                    ends = bool(self.holders or self._loading)
+                    blocked = ends and self._adapters.waits_for_room(line.adapter)
 
     def _in_order(self, lines: list[Line], now: float) -> Iterator[Line]:
         """By `_order`, which changes while slots are given out: whose tenant has got one comes later."""

@@ -44,6 +44,25 @@ def test_an_old_part_is_kept_until_the_composition_has_been_made_of_it():
     assert is_there(bench, key, expected(a=(3, "0.5"), b=(4, "2")))
 
 
+def test_an_old_part_on_the_device_makes_room_for_the_composition_unless_somebody_runs_with_it():
+    bench = Bench({"a": 16}, more_folders={"new": 3}, watched=True, host_bytes=0)
+    manager = bench.manager
+    bench.activate("a")
+    key = manager.resolve("a:0.5")
+    for held in (key, key, "a"):
+        manager.hold(held)
+    bench.reconcile(a=bench.entry("a", "new"))
+    bench.settle()
+    assert manager.resolve("a") == "a@2"
+    assert manager.request(key) is COLD
+    assert manager.waits_for_room(key)
+    assert bench.state("a") is ACTIVE
+    manager.drop("a")
+    manager.poll()
+    bench.activate(key)
+    assert is_there(bench, key, expected(a=(16, "0.5")))
+
+
 @pytest.mark.parametrize("host_bytes", [0, 10**6])
 def test_unloading_a_part(host_bytes):
     bench = Bench({"a": 3, "b": 4}, ranks=64, watched=True, host_bytes=host_bytes)
