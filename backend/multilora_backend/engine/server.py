@@ -33,6 +33,9 @@ STATS_INTERVAL_S = 0.2
 IDLE_POLL_MS = 100
 WAITING_POLL_MS = 10
 """While a command waits until it is done."""
+RECEIVE_S = 0.005
+"""Messages are taken in for so long between two steps: 10,000 submissions at once take 0.7 s, and others have tokens to
+come meanwhile."""
 TRANSFER_POLL_MS = 1
 """While nothing runs but an adapter is on its way to the device: nobody wakes the loop when it is there."""
 
@@ -92,7 +95,8 @@ class EngineServer:
             os.eventfd_read(self._event)
         while not self._dead.empty():
             self._leave(self._dead.get())
-        while self._socket.poll(0):
+        until = time.monotonic() + RECEIVE_S
+        while self._socket.poll(0) and time.monotonic() < until:
             identity, frame = self._socket.recv_multipart()
             try:
                 message = frontend_decoder.decode(frame)

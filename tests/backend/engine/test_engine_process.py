@@ -62,7 +62,7 @@ class Process:
         socket.send(encoder.encode(Hello(name, pid or os.getpid(), os.getpid())))
         return self.receive(Ready, socket)
 
-    def receive(self, kind: type, socket: zmq.Socket | None = None):
+    def receive(self, kind: type | tuple[type, ...], socket: zmq.Socket | None = None):
         """The next message of a kind; others are dropped."""
         socket = socket or self.socket
         deadline = time.monotonic() + START_S
@@ -72,7 +72,7 @@ class Process:
                 if isinstance(message, kind):
                     return message
             assert self.popen.poll() is None, self.popen.stderr.read()
-        raise AssertionError(f"no {kind.__name__} came")
+        raise AssertionError(f"no {kind} came")
 
     def send(self, *messages) -> None:
         for message in messages:
@@ -119,6 +119,24 @@ def test_requests_errors_commands_and_the_last_goodbye(start, model: Path):
     process.send(Bye())
     assert process.popen.wait(LEAVES_S) == 0, "one that only administers keeps no engine alive"
     administration.close()
+
+
+def test_a_burst_of_messages_does_not_stop_what_runs(start, model: Path):
+    engine = start(Config(model=str(model), device="cpu", **tiny_models.ROOM))
+    engine.hello()
+    engine.send(Submit(0, [5, 6], SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)))
+    engine.receive(Outputs)
+    refused = [encoder.encode(Submit(number, [61], SamplingParams())) for number in range(1, 9001)]
+    for frame in refused:
+        engine.socket.send(frame)
+    answers, tokens = 0, 0
+    while answers < len(refused):
+        match engine.receive((Failed, Outputs)):
+            case Failed():
+                answers += 1
+            case Outputs() if answers:
+                tokens += 1
+    assert tokens >= 5, "some 200 ms of refusals, at most 5 at a time"
 
 
 def test_front_ends_that_die_or_outlive_their_server(start, model: Path):
