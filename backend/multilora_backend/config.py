@@ -166,7 +166,7 @@ class Config:
         require("adapter_host_bytes", self.adapter_host_bytes >= 0, "0 or more")
         require("metrics_adapters", self.metrics_adapters >= 0, "0 or more")
         require("metrics_tenants", self.metrics_tenants >= 0, "0 or more")
-        require("adapters_watch_s", 0 <= self.adapters_watch_s <= TIMEOUT_MAX, "0 or more, and finite")
+        require("adapters_watch_s", 0 <= self.adapters_watch_s <= TIMEOUT_MAX, f"0 to {TIMEOUT_MAX:.0f}")
         require("adapter_max_bytes", self.adapter_max_bytes >= 1, "at least 1")
         require("max_overtake_s", 0 <= self.max_overtake_s < math.inf, "0 or more, and finite")
         require("tenure_s", 0 < self.tenure_s < math.inf, "above 0, and finite")
@@ -176,7 +176,11 @@ class Config:
         for name in ("tenant_header", "priority_header"):
             value = getattr(self, name)
             require(name, not value or bool(_HEADER.fullmatch(value)), "the name of an HTTP header")
-        require("engine_start_timeout_s", 0 < self.engine_start_timeout_s <= TIMEOUT_MAX, "above 0, and finite")
+        require(
+            "engine_start_timeout_s",
+            0 < self.engine_start_timeout_s <= TIMEOUT_MAX,
+            f"above 0, up to {TIMEOUT_MAX:.0f}",
+        )
         require("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
 
     @property

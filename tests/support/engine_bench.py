@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ ADAPTERS = {
     "rank-stabilised": {"r": 16, "use_rslora": True, "lora_alpha": 6},
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+ANSWER_S = 60.0
 PROMPTS = {"": [5, 6, 7], "small": [9, 8, 7, 6, 5, 4, 3], "attention": [5, 6, 7], "rank-stabilised": list(range(3, 40))}
 
 
@@ -53,12 +55,26 @@ class Driver:
                         self.reasons[key] = item.finish_reason
         return busy
 
-    def run(self) -> Driver:
-        deadline = time.monotonic() + 60
-        self.step()
-        while not self.engine.idle:
+    def until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + ANSWER_S
+        while not done():
             assert time.monotonic() < deadline
             if not self.step():
                 time.sleep(0.002)  # a load is under way
+
+    def run(self) -> Driver:
+        self.step()
+        self.until(lambda: self.engine.idle)
         self.engine.check_idle()
         return self
+
+    def read_slowly(self, seconds: Callable[[Path], float]) -> None:
+        """Reading a folder takes so much longer from now on."""
+        loader = self.engine.adapters._loader
+        read = loader._read
+
+        def slow(folder: Path, source):
+            time.sleep(seconds(folder))
+            return read(folder, source)
+
+        loader._read = slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -49,6 +50,14 @@ def save_adapter(model: Path, folder: Path, seed: int, **lora) -> Path:
             parameter.data.normal_(0, 0.25)
     adapted.save_pretrained(folder)
     return folder
+
+
+def break_adapter(folder: Path) -> None:
+    """Its header is fine, and its weights hold a NaN."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def save_all(root: Path, adapters: Mapping[str, Mapping[str, Any]]) -> Path:

@@ -244,8 +244,6 @@ class Engine:
 
     def _answer(self, sequences: list[Sequence], message: Callable[[int], EngineMessage]) -> None:
         ended = {sequence.key[:2] for sequence in sequences}
-        if not ended:
-            return
         for frontend, request_id in sorted(ended):
             for sequence in self._of_request(frontend, request_id):  # a request's n sequences end together
                 self._finish(sequence, FinishReason.ERROR)

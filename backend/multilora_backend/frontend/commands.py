@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from multilora_backend.composition import is_composed
 from multilora_backend.config import Config
 from multilora_backend.errors import invalid
-from multilora_backend.frontend.routing import MAX_TENANT_LENGTH, adapter_name, printable, without_reserved
+from multilora_backend.frontend.routing import MAX_TENANT_LENGTH, name_of_one, printable, without_reserved
 from multilora_backend.frontend.sampling import Flag, Number
 from multilora_backend.frontend.tensors import json_value, shown, string
 from multilora_backend.protocol import AdapterArguments, AdapterCommand
@@ -47,10 +46,7 @@ class _Text:
 
 class _Name:
     def read(self, name: str, value: object) -> str:
-        # Requests may name sums, which have no life of their own.
-        if isinstance(value, dict | list) or (isinstance(value, str) and is_composed(value)):
-            raise invalid(name, f"must be the name of one adapter, got {shown(value)}")
-        text = adapter_name(name, value)
+        text = name_of_one(name, value)  # a sum, which requests may name, has no life of its own
         if not text:
             raise invalid(name, "must not be empty")
         return text

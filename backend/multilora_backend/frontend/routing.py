@@ -80,22 +80,29 @@ def printable(field: str, value: object, max_length: int) -> str:
 
 
 def adapter_name(field: str, value: object) -> str:
-    """A client names adapters, one or several with weights; a path is refused before anybody looks at it."""
+    """A client names adapters, one or several with weights."""
     if isinstance(value, str) and is_composed(value) and value.lstrip()[:1] in ("{", "["):
         value = json_value(field, value)
     if isinstance(value, dict | list):
         return _composed(field, parse_json(field, value))
     if isinstance(value, str) and is_composed(value):
         return _composed(field, parse(field, value))
+    return name_of_one(field, value)
+
+
+def name_of_one(field: str, value: object) -> str:
+    """The name of one adapter, or empty; a path is refused before anybody looks at it."""
     name = printable(field, value, MAX_NAME_LENGTH)
     if "/" in name or "\\" in name or ".." in name:
         raise invalid(field, f"must be the name of an adapter, not a path, got {shown(name)}")
+    if is_composed(name):
+        raise invalid(field, f"must be the name of one adapter, got {shown(name)}")
     return name
 
 
 def _composed(field: str, parts: Iterable[Part]) -> str:
     """The one spelling that the engine gets."""
-    text = spelled(replace(part, name=adapter_name(field, part.name)) for part in parts)
+    text = spelled(replace(part, name=name_of_one(field, part.name)) for part in parts)
     if len(text) > MAX_LENGTH:
         raise invalid(field, f"must have at most {MAX_LENGTH} characters, got {len(text)}")
     return text

@@ -44,7 +44,7 @@ class Adapters(Protocol):
         ...
 
     def device_bytes(self, key: str) -> tuple[int, bool]:
-        """Bytes that it takes on the device, or would, 0 while unknown; and whether it has them. None if it is gone."""
+        """Bytes that it takes on the device, or would, and whether it has them. 0 while unknown, and if it is gone."""
         ...
 
     def give_up(self, key: str) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import tiny_models
 from engine_bench import GREEDY, Driver
@@ -27,10 +26,7 @@ READ_S = 0.1
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tiny_models.save_all(tmp_path_factory.mktemp("tiny"), ADAPTERS)
-    file = root / "adapters/broken/adapter_model.safetensors"
-    tensors = load_file(file)
-    tensors[min(tensors)][0, 0] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    tiny_models.break_adapter(root / "adapters/broken")
     return root
 
 
@@ -55,27 +51,6 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdapterManager, "check_all", lambda self, wait_s=0.0: None)
 
 
-def until(driver: Driver, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        if not driver.step():
-            time.sleep(0.002)
-
-
-def read_slowly(driver: Driver, names: str) -> None:
-    """Reading these takes READ_S and more."""
-    loader = driver.engine.adapters._loader
-    read = loader._read
-
-    def slow(folder: Path, source):
-        if folder.name in names.split():
-            time.sleep(READ_S)
-        return read(folder, source)
-
-    loader._read = slow
-
-
 @pytest.mark.parametrize("way", ["unloaded", "replaced", "part unloaded"])
 def test_a_tenant_with_a_cap_outlives_its_adapters(start: Callable[..., Driver], tmp_path: Path, way: str):
     driver = start(tenants=str(tmp_path / "tenants.yaml"))
@@ -88,7 +63,7 @@ def test_a_tenant_with_a_cap_outlives_its_adapters(start: Callable[..., Driver],
         adapters.load("x", str(tmp_path / "adapters/b"))
     else:
         adapters.unload("x")
-    until(driver, lambda: key not in adapters.records)
+    driver.until(lambda: key not in adapters.records)
     driver.submit(2, PROMPT, GREEDY, "c", tenant="acme")
     driver.run()
     assert driver.tokens.keys() == {(1, 0), (2, 0)}
@@ -124,15 +99,15 @@ def test_what_fails_for_want_of_room_may_fail_to_be_read_as_well(start: Callable
     driver = start(ranks=16)
     adapters = driver.engine.adapters
     adapters.pin("c")
-    until(driver, lambda: adapters.records["c"].state is AdapterState.ACTIVE)
-    until(driver, lambda: adapters.records["broken"].rank == 3)
-    read_slowly(driver, "broken")
+    driver.until(lambda: adapters.records["c"].state is AdapterState.ACTIVE)
+    driver.until(lambda: adapters.records["broken"].rank == 3)
+    driver.read_slowly(lambda folder: READ_S * (folder.name == "broken"))
     if by_a_client:
         adapters.prefetch("broken")
         driver.submit(1, PROMPT, GREEDY, "broken")
     else:
         adapters.preload("broken")
-    until(driver, lambda: "NaN" in adapters.records["broken"].reason)
+    driver.until(lambda: "NaN" in adapters.records["broken"].reason)
     if by_a_client:
         assert "pinned adapters leave 0 of adapter_device_bytes" in driver.failed[1].message
     adapters.unpin("c")
@@ -151,12 +126,12 @@ def test_what_was_unloaded_is_gone_with_its_last_request_also_within_a_poll(star
     driver = start(ranks=16)
     adapters = driver.engine.adapters
     adapters.pin("c")
-    until(driver, lambda: adapters.records["c"].state is AdapterState.ACTIVE)
-    read_slowly(driver, "a broken")
+    driver.until(lambda: adapters.records["c"].state is AdapterState.ACTIVE)
+    driver.read_slowly(lambda folder: READ_S * (folder.name in ("a", "broken")))
     driver.submit(1, PROMPT, GREEDY, asked)
     driver.step()
     adapters.unload("a")
-    until(driver, lambda: 1 in driver.failed)
+    driver.until(lambda: 1 in driver.failed)
     assert ("NaN" if "broken" in asked else "pinned adapters leave 0") in driver.failed[1].message
     assert "a" not in adapters.records
     adapters.unpin("c")
@@ -173,14 +148,14 @@ def test_a_sum_does_not_wait_for_the_room_of_its_own_part(start: Callable[..., D
     shutil.copytree(tmp_path / "adapters/c", folder)
     adapters.load("x", str(folder))
     driver.submit(1, PROMPT, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), "x")
-    until(driver, lambda: len(driver.tokens.get((1, 0), ())) > 3)
+    driver.until(lambda: len(driver.tokens.get((1, 0), ())) > 3)
     driver.submit(2, PROMPT, GREEDY, "x:0.5,b:0.5")
     driver.step()
     if in_place:
         folder.rename(tmp_path / "former")
         shutil.copytree(tmp_path / "adapters/a", folder)
     adapters.load("x", str(folder if in_place else tmp_path / "adapters/a"))
-    until(driver, lambda: adapters.revisions.current["x"].key == "x@2")
+    driver.until(lambda: adapters.revisions.current["x"].key == "x@2")
     assert (1, 0) not in driver.reasons, "it was to be replaced while it runs"
     driver.run()
     driver.submit(3, PROMPT, GREEDY, "a:0.5,b:0.5" if in_place else "c:0.5,b:0.5")

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,14 +47,6 @@ def start(made: Path, tmp_path: Path):
         driver.engine.close()
 
 
-def until(driver: Driver, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        if not driver.step():
-            time.sleep(0.002)
-
-
 def submit(driver: Driver, request_id: int, name: str, tokens: int = 3) -> None:
     driver.submit(request_id, PROMPT, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True), name)
 
@@ -77,7 +67,7 @@ def retire(driver: Driver, name: str) -> None:
 def test_replaced_before_it_is_turned_out(start, alone):
     driver = start(24)
     submit(driver, 0, "old", LONG)
-    until(driver, lambda: len(driver.tokens.get((0, 0), [])) > 3)
+    driver.until(lambda: len(driver.tokens.get((0, 0), [])) > 3)
     retire(driver, "old")
     for request_id, name in enumerate(("small", "wide", "narrow", "old"), 1):
         submit(driver, request_id, name)
@@ -91,9 +81,9 @@ def test_replaced_before_it_is_turned_out(start, alone):
 def test_replaced_while_it_is_paused(start, alone):
     driver = start(32, max_loras=1)
     submit(driver, 0, "old", LONG)
-    until(driver, lambda: len(driver.tokens.get((0, 0), [])) > 3)
+    driver.until(lambda: len(driver.tokens.get((0, 0), [])) > 3)
     submit(driver, 1, "small", LONG)
-    until(driver, lambda: [s.status for s in driver.engine.scheduler.waiting_for("old")] == [SequenceStatus.PAUSED])
+    driver.until(lambda: [s.status for s in driver.engine.scheduler.waiting_for("old")] == [SequenceStatus.PAUSED])
     retire(driver, "old")
     submit(driver, 2, "wide")
     submit(driver, 3, "old")
@@ -107,7 +97,7 @@ def test_what_an_alias_keeps_there_holds_up_only_what_needs_its_room(start, alon
     driver = start(32)
     adapters = driver.engine.adapters
     submit(driver, 0, "old", LONG)
-    until(driver, lambda: len(driver.tokens.get((0, 0), [])) > 3)
+    driver.until(lambda: len(driver.tokens.get((0, 0), [])) > 3)
     version = adapters.show("old").version
     retire(driver, "old")
     adapters.alias("prod", f"old@{version}")
@@ -115,7 +105,7 @@ def test_what_an_alias_keeps_there_holds_up_only_what_needs_its_room(start, alon
     submit(driver, 1, "wide")
     for request_id, name in enumerate(("small", "prod", "narrow"), 2):
         submit(driver, request_id, name, LONG)
-    until(driver, lambda: len(driver.reasons) == 4)
+    driver.until(lambda: len(driver.reasons) == 4)
     assert (1, 0) not in driver.reasons
     assert driver.tokens[3, 0] == alone
     adapters.unalias("prod")

@@ -14,10 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import tiny_models
-from engine_bench import Driver
+from engine_bench import ANSWER_S, Driver
 from multilora_backend.core import SamplingParams
 from multilora_backend.errors import MultiloraError
 from multilora_backend.protocol import Abort
@@ -33,16 +32,12 @@ STORE = {
 }
 CONFIGURED, NAMES = ("n0", "n1", "n2"), ("n0", "n1", "n2", "n3", "n4")
 TRACES = range(16)
-ANSWER_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tiny_models.save_all(tmp_path_factory.mktemp("tiny"), STORE)
-    file = root / "adapters/broken/adapter_model.safetensors"
-    tensors = load_file(file)
-    tensors[min(tensors)][0, 0] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    tiny_models.break_adapter(root / "adapters/broken")
     return root
 
 
@@ -71,14 +66,8 @@ class Operators:
             adapter_load_threads=rng.choice((1, 2)),
         )
         self.adapters = self.driver.engine.adapters
-        loader = self.adapters._loader
-        read, pause = loader._read, random.Random(rng.random())
-
-        def slow(folder: Path, source):
-            time.sleep(max(0.0, pause.uniform(-0.03, 0.03)))
-            return read(folder, source)
-
-        loader._read = slow
+        pause = random.Random(rng.random())  # the loader's threads take from it in any order
+        self.driver.read_slowly(lambda folder: max(0.0, pause.uniform(-0.03, 0.03)))
         self.submitted = 0
 
     def submit(self) -> None:

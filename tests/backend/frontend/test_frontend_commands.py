@@ -85,7 +85,7 @@ def test_headers_that_are_forwarded_and_tritons_own_parameters_are_no_arguments(
         ({"action": "show", "name": "x" * 300}, "name: must have at most 256 characters, got 300"),
         ({"action": "show", "name": 3}, "name: must be a string, got 3"),
         ({"action": "unload", "name": "a:0.5"}, "name: must be the name of one adapter, got 'a:0.5'"),
-        ({"action": "pin", "name": {"a": 1}}, "name: must be the name of one adapter, got {'a': 1}"),
+        ({"action": "pin", "name": {"a": 1}}, "name: must be a string, got {'a': 1}"),
         ({"action": "alias", "alias": "a,b", "target": "c"}, "alias: must be the name of one adapter, got 'a,b'"),
         ({"action": "alias", "alias": "a", "target": "b:1"}, "target: must be the name of one adapter, got 'b:1'"),
         ({"action": "alias", "alias": "a"}, "target: is required by alias"),
