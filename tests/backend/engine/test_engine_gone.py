@@ -162,3 +162,39 @@ def test_a_sum_does_not_wait_for_the_room_of_its_own_part(start: Callable[..., D
     driver.run()
     assert driver.reasons.keys() == {(1, 0), (2, 0), (3, 0)}
     assert driver.tokens[2, 0] == driver.tokens[3, 0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_replaced_part_that_fails_is_gone_with_the_sum_that_fails_of_it(start: Callable[..., Driver], tmp_path: Path):
+    """In the same poll its holders would go on with the successor, but the sum was the last of them."""
+    driver = start()
+    adapters = driver.engine.adapters
+    adapters.load("x", str(tmp_path / "adapters/broken"))
+    driver.read_slowly(lambda folder: READ_S)
+    driver.submit(1, PROMPT, GREEDY, "x:0.5,b:0.5")
+    driver.step()
+    adapters.load("x", str(tmp_path / "adapters/a"))
+    time.sleep(5 * READ_S)  # now one poll hears of both
+    driver.until(lambda: 1 in driver.failed)
+    assert "NaN" in driver.failed[1].message
+    assert "x" not in adapters.records
+    driver.submit(2, PROMPT, GREEDY, "x:0.5,b:0.5")
+    driver.run()
+    assert driver.reasons.keys() == {(2, 0)}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_so_is_one_that_was_unloaded_and_fails_after_the_sum(start: Callable[..., Driver]):
+    driver = start(adapter_load_threads=2)
+    adapters = driver.engine.adapters
+    pauses = iter((READ_S, 2 * READ_S))
+    driver.read_slowly(lambda folder: next(pauses) if folder.name == "broken" else 0.0)
+    driver.submit(1, PROMPT, GREEDY, "broken:0.5")
+    driver.step()
+    time.sleep(READ_S / 2)  # the first pause is the sum's
+    adapters.prefetch("broken")
+    adapters.unload("broken")
+    time.sleep(3 * READ_S)  # now one poll hears of both
+    driver.until(lambda: 1 in driver.failed)
+    assert "NaN" in driver.failed[1].message
+    driver.until(lambda: "broken" not in adapters.records)
