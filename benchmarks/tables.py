@@ -128,17 +128,32 @@ def misses(result: Result) -> str:
     return markdown(["request", "count", "TTFT p50 ms", "p90 ms", "p50 more than a hit's"], rows)
 
 
-def through_triton(result: Result) -> str:
+def through_triton_rows(result: Result) -> list[list[str]]:
+    """What is compared, the engine alone, through Triton, and how the two differ."""
     one, two = result["engine"], result["triton"]
     share = f"{100 * two['tokens_per_s'] / one['tokens_per_s']:.1f}%"
     rows = [["output tokens/s", f"{one['tokens_per_s']:,.0f}", f"{two['tokens_per_s']:,.0f}", share]]
-    for kind, when in (("open_ttft", f"at {result['open_rate']:.1f} requests/s"), ("closed_ttft", "closed")):
-        for p in ("p50_ms", "p99_ms"):
+    kinds = {
+        "open_ttft": f"at {result['open_rate']:.1f} requests/s",
+        "closed_ttft": "closed",
+        "begin_ttft": f"closed, the first {result['options']['streams']}",
+        "follow_ttft": "closed, those that follow",
+    }
+    for kind, when in kinds.items():
+        for p in ("p50_ms", "p99_ms") if kind in one else ():
             a, b = one[kind][p], two[kind][p]
             rows.append([f"TTFT {p[:3]} ms, {when}", f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"])
+    return rows
+
+
+def through_triton(result: Result) -> str:
+    two = result["triton"]
     cores = ", ".join(f"{name} {used:.2f}" for name, used in two["cores_used"].items())
-    table = markdown(["", "engine alone", "through Triton", ""], rows)
-    return f"{table}\n\nServer ready after {two['ready_s']:.1f} s. Cores used in closed traffic: {cores}."
+    table = markdown(["", "engine alone", "through Triton", ""], through_triton_rows(result))
+    return (
+        f"{table}\n\nServer ready after {two['ready_s']:.1f} s. Cores used in closed traffic: {cores}; "
+        f"{two['tokens_per_response']:.1f} tokens a response."
+    )
 
 
 def profile_steps(result: Result) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import tables
 import torch
 from client_processes import Clients, check_interpreters, cpu_seconds
 from engine_socket import engine_process
@@ -98,15 +99,18 @@ def _measure(
 ) -> tuple[dict[str, Any], float]:
     """Warm-up, closed, open at `rate` (0: chosen here). `used` gives the CPU seconds of the last run by process."""
     run(served.traffic(options, max(options.streams, len(served.adapters)), WARM_UP_TOKENS))
-    closed = run(served.traffic(options, options.requests, options.output))
+    closed = sorted(run(served.traffic(options, options.requests, options.output)), key=lambda r: r.submitted)
     seconds = max(r.last for r in closed) - min(r.submitted for r in closed)
     figures: dict[str, Any] = {
         "tokens_per_s": tokens_per_s(closed),
         "requests_per_s": len(closed) / seconds,
         "tokens_per_response": sum(r.tokens for r in closed) / sum(r.responses for r in closed),
-        "closed_ttft": report.spread([r.first - r.submitted for r in closed]),
+        "closed_ttft": _ttft(closed),
         "cores_used": {name: spent / seconds for name, spent in used().items()},
     }
+    if options.streams < len(closed):
+        figures["begin_ttft"] = _ttft(closed[: options.streams])
+        figures["follow_ttft"] = _ttft(closed[options.streams :])
     _require_all_tokens(closed, options.output)
     rate = rate or options.rate or OPEN_SHARE * figures["requests_per_s"]
     traffic = served.traffic(options, options.requests, options.output)
@@ -114,9 +118,13 @@ def _measure(
     requests = [replace(request, at=at) for request, at in zip(traffic.requests, times, strict=True)]
     opened = run(Traffic(requests, options.output, 0))
     _require_all_tokens(opened, options.output)
-    figures["open_ttft"] = report.spread([r.first - r.submitted for r in opened])
+    figures["open_ttft"] = _ttft(opened)
     figures["open_inter_token"] = report.spread([(r.last - r.first) / max(1, r.tokens - 1) for r in opened])
     return figures, rate
+
+
+def _ttft(records: Sequence[Record]) -> dict[str, float]:
+    return report.spread([record.first - record.submitted for record in records])
 
 
 def _require_all_tokens(records: Sequence[Record], output: int) -> None:
@@ -154,14 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     triton, _ = through(served, options, rate)
     what = options.model.name if options.model else f"{options.shape}, {options.input} in / {options.output} out"
     title = f"{what}, {report.device_name()}: {options.streams} streams, {len(served.adapters)} adapters"
-    rows = [["output tokens/s", *(f"{one['tokens_per_s']:,.0f}" for one in (engine, triton))]]
-    rows[0].append(f"{100 * triton['tokens_per_s'] / engine['tokens_per_s']:.1f}%")
-    for kind, when in (("open_ttft", f"at {rate:.1f} req/s"), ("closed_ttft", "closed")):
-        for name in ("p50_ms", "p99_ms"):
-            values = [one[kind][name] for one in (engine, triton)]
-            difference = f"{values[1] - values[0]:+.1f}"
-            rows.append([f"TTFT {name[:3]} ms, {when}", *(f"{value:.1f}" for value in values), difference])
-    report.show(title, ["", "engine alone", "through Triton", ""], rows)
+    result = {"options": vars(options), "open_rate": rate, "engine": engine, "triton": triton}
+    report.show(title, ["", "engine alone", "through Triton", ""], tables.through_triton_rows(result))
     cores = ", ".join(f"{name} {used:.2f}" for name, used in triton["cores_used"].items())
     report.console.print(f"server ready after {triton['ready_s']:.1f} s; cores used (closed): {cores}; "
                          f"{triton['tokens_per_response']:.2f} tokens a response")  # fmt: skip

@@ -156,8 +156,9 @@ def test_through_triton(scripts: SimpleNamespace, workdir: Path) -> None:
     for way in ("engine", "triton"):
         assert result[way]["tokens_per_s"] > 0
         assert result[way]["open_ttft"]["count"] == result[way]["closed_ttft"]["count"] == 6
+        assert result[way]["begin_ttft"]["count"] == result[way]["follow_ttft"]["count"] == 3
     assert {"tritonserver", "stub", "engine"} <= result["triton"]["cores_used"].keys()
-    assert "through Triton" in scripts.tables.render(result)
+    assert scripts.tables.render(result).count("TTFT p50") == 4
 
 
 def test_a_front_end_that_cannot_import_us_is_named_before_anything_starts(

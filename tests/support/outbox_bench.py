@@ -36,6 +36,20 @@ class Letters:
         return {"text_output": np.array([text.encode()], dtype=object)}
 
 
+class Parted(Letters):
+    """Of two sequences, both of which must end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = 0
+
+    def add(self, output: Output) -> list[int]:
+        self.ended += output.finish_reason is not None
+        stopped = super().add(output)
+        self.finished = self.ended == 2
+        return stopped
+
+
 class Seen:
     """An observer that keeps what it is told."""
 

@@ -110,8 +110,9 @@ class Outbox:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._queue: SimpleQueue[Delivery | None] = SimpleQueue()
-        self._first: deque[Delivery] = deque()
-        """First tokens overtake all others."""
+        self._urgent: deque[Delivery] = deque()
+        """First tokens and ends overtake all others: a client waits for the ones, and sends its next request after the
+        others."""
         self._watched: deque[Delivery] = deque()
         self._closing = False
         self._next_tick = 0.0
@@ -130,13 +131,15 @@ class Outbox:
         """Hands over an output, or the error that ends the request. Never blocks; any thread."""
         # The order matters: the sender clears `queued` before it empties `incoming`, so nothing is left behind.
         delivery.incoming.append(item)
-        if not delivery.queued:
-            delivery.queued = True
-            if delivery.served:
-                self._queue.put(delivery)
-            else:
-                self._first.append(delivery)
-                self._queue.put(None)
+        ends = isinstance(item, MultiloraError) or item.finish_reason is not None
+        if delivery.queued and not ends:
+            return
+        delivery.queued = True
+        if ends or not delivery.served:
+            self._urgent.append(delivery)  # the place in the queue that it may have stays, and will find nothing left
+            self._queue.put(None)
+        else:
+            self._queue.put(delivery)
 
     def close(self) -> None:
         """Sends what was pushed before, then ends the thread."""
@@ -153,8 +156,8 @@ class Outbox:
                 if self._closing:
                     break
                 delivery = None
-            while self._first:
-                self._guarded(self._serve, self._first.popleft())
+            while self._urgent:
+                self._guarded(self._serve, self._urgent.popleft())
             if delivery is not None:
                 self._guarded(self._serve, delivery)
             now = time.monotonic()

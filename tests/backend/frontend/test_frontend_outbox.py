@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one sending thread: merging, first tokens first, and who is asked whether its client has left."""
+"""The one sending thread: merging, first tokens and ends first, and who is asked whether its client has left."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import pytest
 
 from frontend_fakes import FakeSender, wait_until
-from multilora_backend.errors import ErrorCode
-from multilora_backend.frontend.outbox import Delivery, Outcome
-from outbox_bench import say
+from multilora_backend.core import FinishReason
+from multilora_backend.errors import ErrorCode, MultiloraError
+from multilora_backend.frontend.outbox import Delivery, Outbox, Outcome
+from multilora_backend.protocol import Output
+from outbox_bench import Parted, say
 
 
 class Slow(FakeSender):
@@ -53,30 +57,81 @@ def test_a_thread_that_keeps_up_merges_nothing(outbox, deliver):
     assert sender.text == "abcd"
 
 
-def test_first_tokens_overtake_the_queue(outbox, deliver):
-    order: list[int] = []
+class Noting(FakeSender):
+    def __init__(self, sent: list[Noting]) -> None:
+        super().__init__()
+        self.sent = sent
 
-    class Noting(FakeSender):
-        def send(self, tensors, final):
-            order.append(len(order) if self is not late_sender else -1)
-            super().send(tensors, final)
+    def send(self, tensors: dict[str, np.ndarray], final: bool) -> None:
+        self.sent.append(self)
+        super().send(tensors, final)
 
-    late_sender = Noting()
-    slow = Slow()
-    old = [deliver(i, Noting()) for i in range(10)]
-    for delivery in old:
-        say(outbox, delivery, "a")
-    wait_until(lambda: len(order) == 10)
-    blocker = deliver(20, slow)
-    say(outbox, blocker, "a")
-    assert slow.sending.wait(5)
-    for delivery in old:
-        say(outbox, delivery, "b")
-    late = deliver(30, late_sender)
-    say(outbox, late, "c")
-    slow.release.set()
-    wait_until(lambda: len(order) == 21)
-    assert order.index(-1) == 10, "the first token came after the others"
+    def fail(self, error: MultiloraError) -> None:
+        self.sent.append(self)
+        super().fail(error)
+
+
+class Lagging:
+    """Ten requests whose second tokens wait, one after the other, behind a send that takes until `release`."""
+
+    def __init__(self, outbox: Outbox, deliver: Callable[..., Delivery]) -> None:
+        self.order: list[Noting] = []
+        self.deliver = deliver
+        self.slow = Slow()
+        self.deliveries = [self.new(i) for i in range(10)]
+        for delivery in self.deliveries:
+            say(outbox, delivery, "a")
+        wait_until(lambda: len(self.order) == 10)
+        say(outbox, deliver(20, self.slow), "a")
+        assert self.slow.sending.wait(5)
+        for delivery in self.deliveries:
+            say(outbox, delivery, "b")
+        self.order.clear()
+
+    def new(self, request_id: int) -> Delivery:
+        return self.deliver(request_id, Noting(self.order))
+
+    def release(self, sends: int) -> list[int]:
+        """Which requests the following sends are of."""
+        self.slow.release.set()
+        wait_until(lambda: len(self.order) == sends)
+        senders = [delivery.sender for delivery in self.deliveries]
+        return [senders.index(sender) if sender in senders else -1 for sender in self.order]
+
+
+@pytest.fixture
+def lagging(outbox: Outbox, deliver: Callable[..., Delivery]) -> Iterator[Lagging]:
+    lagging = Lagging(outbox, deliver)
+    yield lagging
+    lagging.slow.release.set()
+
+
+def test_first_tokens_overtake_the_queue(outbox, lagging):
+    say(outbox, lagging.new(30), "c")
+    assert lagging.release(11) == [-1, *range(10)]
+
+
+def test_the_end_of_an_answer_overtakes_the_queue_and_takes_along_what_waits(outbox, lagging):
+    last = lagging.deliveries[9]
+    say(outbox, last, "cd", last=True)
+    assert lagging.release(10) == [9, *range(9)]
+    assert last.sender.wait().text == "abcd"
+
+
+def test_errors_overtake_the_queue(outbox, lagging):
+    outbox.push(lagging.deliveries[9], MultiloraError(ErrorCode.INTERNAL, "lost"))
+    assert lagging.release(10) == [9, *range(9)]
+
+
+def test_who_overtakes_is_served_once_more_for_what_comes_later(outbox, lagging):
+    """One of n sequences ended: the request keeps its place in the queue, and a place is no token."""
+    parted = lagging.deliveries[9]
+    parted.builder = Parted()
+    outbox.push(parted, Output(9, 0, [ord("c")], finish_reason=FinishReason.STOP))
+    assert lagging.release(10) == [9, *range(9)]
+    outbox.push(parted, Output(9, 1, [ord("d")]))
+    outbox.push(parted, Output(9, 1, [ord("e")], finish_reason=FinishReason.STOP))
+    assert parted.sender.wait().text == "abcde"
 
 
 def test_all_calls_are_made_by_one_thread(outbox, deliver):
