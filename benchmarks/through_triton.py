@@ -104,7 +104,7 @@ def _measure(
     figures: dict[str, Any] = {
         "tokens_per_s": tokens_per_s(closed),
         "requests_per_s": len(closed) / seconds,
-        "tokens_per_response": sum(r.tokens for r in closed) / sum(r.responses for r in closed),
+        "tokens_per_response": _tokens_per_response(closed),
         "closed_ttft": _ttft(closed),
         "cores_used": {name: spent / seconds for name, spent in used().items()},
     }
@@ -118,9 +118,14 @@ def _measure(
     requests = [replace(request, at=at) for request, at in zip(traffic.requests, times, strict=True)]
     opened = run(Traffic(requests, options.output, 0))
     _require_all_tokens(opened, options.output)
+    figures["open_tokens_per_response"] = _tokens_per_response(opened)
     figures["open_ttft"] = _ttft(opened)
     figures["open_inter_token"] = report.spread([(r.last - r.first) / max(1, r.tokens - 1) for r in opened])
     return figures, rate
+
+
+def _tokens_per_response(records: Sequence[Record]) -> float:
+    return sum(record.tokens for record in records) / sum(record.responses for record in records)
 
 
 def _ttft(records: Sequence[Record]) -> dict[str, float]:
