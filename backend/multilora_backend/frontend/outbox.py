@@ -181,9 +181,7 @@ class Outbox:
         """How long to wait for something to send."""
         if self._closing:
             return 0.0
-        due = self._next_tick
-        if self._watched:
-            due = min(due, max(self._next_question, self._watched[0].cancel_due))
+        due = min(self._next_tick, self._watched[0].cancel_due) if self._watched else self._next_tick
         return max(0.001, due - time.monotonic())
 
     def _guarded(self, act: Callable[[Delivery], None], delivery: Delivery) -> None:
@@ -222,7 +220,7 @@ class Outbox:
                 self._observer.on_closed(delivery, Outcome.FINISHED, None)
 
     def _look_for_cancelled(self, now: float) -> None:
-        """Asks for those whose time has come, the longest unasked first; one at a time while responses wait."""
+        """Asks for those whose time has come, the longest unasked first, for about a millisecond."""
         while self._watched and (
             self._watched[0].closed or max(self._watched[0].cancel_due, self._next_question) <= now
         ):
@@ -234,8 +232,6 @@ class Outbox:
             self._next_question = max(self._next_question, asked - CANCEL_BURST_S) + (now - asked) / CANCEL_SHARE
             delivery.cancel_due = now + CANCEL_INTERVAL_S
             self._watched.append(delivery)
-            if not self._queue.empty():
-                break
 
     def _ask(self, delivery: Delivery) -> None:
         if delivery.sender.is_cancelled():

@@ -186,6 +186,14 @@ def test_questions_take_a_tenth_of_the_time_however_many_requests_there_are(outb
     senders[12].wait()
 
 
+def test_a_lone_client_is_asked_for_every_30_ms(outbox, deliver):
+    sender = FakeSender()
+    deliver(1, sender)
+    started = time.monotonic()
+    time.sleep(0.5)
+    assert 1 < sender.asked <= (time.monotonic() - started) / 0.03 + 1
+
+
 def test_clients_are_asked_for_in_turn(outbox, deliver):
     order: list[int] = []
 
