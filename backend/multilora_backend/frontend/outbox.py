@@ -160,7 +160,7 @@ class Outbox:
                 if self._closing:
                     break
                 delivery = None
-            while self._urgent:
+            for _ in range(len(self._urgent)):  # those that come meanwhile are of the next round: all have their turn
                 self._guarded(self._serve, self._urgent.popleft())
             if delivery is not None:
                 self._guarded(self._serve, delivery)

@@ -118,6 +118,22 @@ def test_the_end_of_an_answer_overtakes_the_queue_and_takes_along_what_waits(out
     assert last.sender.wait().text == "abcd"
 
 
+def test_whoever_waits_has_a_turn_however_many_short_answers_there_are(outbox, lagging):
+    """Each of them is followed by the next one at once."""
+    short: list[FakeSender] = []
+
+    class Next(FakeSender):
+        def send(self, tensors: dict[str, np.ndarray], final: bool) -> None:
+            super().send(tensors, final)
+            short.append(self)
+            if len(lagging.order) < 10 and len(short) < 500:
+                say(outbox, lagging.deliver(len(short), Next()), "x", last=True)
+
+    say(outbox, lagging.deliver(0, Next()), "x", last=True)
+    assert lagging.release(10) == [*range(10)]
+    assert 10 <= len(short) < 500
+
+
 def test_errors_overtake_the_queue(outbox, lagging):
     outbox.push(lagging.deliveries[9], MultiloraError(ErrorCode.INTERNAL, "lost"))
     assert lagging.release(10) == [9, *range(9)]
