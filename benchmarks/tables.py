@@ -146,14 +146,18 @@ def through_triton_rows(result: Result) -> list[list[str]]:
     return rows
 
 
-def through_triton(result: Result) -> str:
+def through_triton_note(result: Result) -> str:
     two = result["triton"]
     cores = ", ".join(f"{name} {used:.2f}" for name, used in two["cores_used"].items())
-    table = markdown(["", "engine alone", "through Triton", ""], through_triton_rows(result))
     return (
-        f"{table}\n\nServer ready after {two['ready_s']:.1f} s. Cores used in closed traffic: {cores}; "
+        f"Server ready after {two['ready_s']:.1f} s. Cores used in closed traffic: {cores}; "
         f"{two['tokens_per_response']:.1f} tokens a response."
     )
+
+
+def through_triton(result: Result) -> str:
+    table = markdown(["", "engine alone", "through Triton", ""], through_triton_rows(result))
+    return f"{table}\n\n{through_triton_note(result)}"
 
 
 def profile_steps(result: Result) -> str:

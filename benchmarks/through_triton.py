@@ -167,12 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     triton, _ = through(served, options, rate)
     what = options.model.name if options.model else f"{options.shape}, {options.input} in / {options.output} out"
     title = f"{what}, {report.device_name()}: {options.streams} streams, {len(served.adapters)} adapters"
-    result = {"options": vars(options), "open_rate": rate, "engine": engine, "triton": triton}
+    measured = {"open_rate": rate, "engine": engine, "triton": triton}
+    result = {"options": vars(options), **measured}
     report.show(title, ["", "engine alone", "through Triton", ""], tables.through_triton_rows(result))
-    cores = ", ".join(f"{name} {used:.2f}" for name, used in triton["cores_used"].items())
-    report.console.print(f"server ready after {triton['ready_s']:.1f} s; cores used (closed): {cores}; "
-                         f"{triton['tokens_per_response']:.2f} tokens a response")  # fmt: skip
-    report.write(options.json, "through_triton", arguments, options, open_rate=rate, engine=engine, triton=triton)
+    report.console.print(tables.through_triton_note(result))
+    report.write(options.json, "through_triton", arguments, options, **measured)
     return 0
 
 

@@ -85,6 +85,20 @@ def test_the_document_holds_the_committed_results(scripts: SimpleNamespace) -> N
     assert {path.stem for path in (BENCHMARKS / "results").glob("*.json")} <= shown
 
 
+def test_the_readme_has_the_same_figures(scripts: SimpleNamespace) -> None:
+    result = json.loads((BENCHMARKS / "results/engine.json").read_text())
+    ours, theirs = result["best"], scripts.vllm_figures.MAX_LORAS_64
+
+    def shares(rates: dict[str, float]) -> str:
+        *first, last = (f"{100 * rates[mix] / rates['off']:.0f}" for mix in ("1", "4", "16", "64"))
+        return f"{', '.join(first)} and {last}%"
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{ours['off']:,.0f} output tokens/s with LoRA off" in text
+    assert f"adapters in the batch {shares(ours)} of that" in text
+    assert f"keeps {shares(theirs)} of {theirs['off']:,.0f} ({result['environment']['date']};" in text
+
+
 def test_plots(scripts: SimpleNamespace, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     common = {"environment": {"device": "a GPU"}, "options": {**scripts.vllm_figures.SETTING, "max_loras": 0}}

@@ -68,6 +68,10 @@ class Driver:
         self.engine.check_idle()
         return self
 
+    def wait_until_read(self) -> None:
+        """Until all that was asked for has been read; the next step hears of it."""
+        assert self.engine.adapters._loader.wait_idle(ANSWER_S)
+
     def read_slowly(self, seconds: Callable[[Path], float]) -> None:
         """Reading a folder takes so much longer from now on."""
         loader = self.engine.adapters._loader

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from engine_bench import GREEDY, Driver
+from engine_bench import ANSWER_S, GREEDY, Driver
 from multilora_backend.adapters.compositions import MAX_COMPOSITIONS
 from multilora_backend.adapters.manager import AdapterManager
 from multilora_backend.adapters.state import AdapterState
@@ -174,7 +175,7 @@ def test_a_replaced_part_that_fails_is_gone_with_the_sum_that_fails_of_it(start:
     driver.submit(1, PROMPT, GREEDY, "x:0.5,b:0.5")
     driver.step()
     adapters.load("x", str(tmp_path / "adapters/a"))
-    time.sleep(5 * READ_S)  # now one poll hears of both
+    driver.wait_until_read()  # now one poll hears of both
     driver.until(lambda: 1 in driver.failed)
     assert "NaN" in driver.failed[1].message
     assert "x" not in adapters.records
@@ -187,14 +188,20 @@ def test_a_replaced_part_that_fails_is_gone_with_the_sum_that_fails_of_it(start:
 def test_so_is_one_that_was_unloaded_and_fails_after_the_sum(start: Callable[..., Driver]):
     driver = start(adapter_load_threads=2)
     adapters = driver.engine.adapters
-    pauses = iter((READ_S, 2 * READ_S))
-    driver.read_slowly(lambda folder: next(pauses) if folder.name == "broken" else 0.0)
+    begun = threading.Event()
+
+    def pause(folder: Path) -> float:
+        first = not begun.is_set()
+        begun.set()
+        return READ_S if first else 2 * READ_S
+
+    driver.read_slowly(pause)
     driver.submit(1, PROMPT, GREEDY, "broken:0.5")
     driver.step()
-    time.sleep(READ_S / 2)  # the first pause is the sum's
+    assert begun.wait(ANSWER_S), "the sum's reading is the first to end"
     adapters.prefetch("broken")
     adapters.unload("broken")
-    time.sleep(3 * READ_S)  # now one poll hears of both
+    driver.wait_until_read()  # now one poll hears of both
     driver.until(lambda: 1 in driver.failed)
     assert "NaN" in driver.failed[1].message
     driver.until(lambda: "broken" not in adapters.records)

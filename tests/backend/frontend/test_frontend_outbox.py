@@ -183,7 +183,7 @@ def test_a_client_that_left_is_noticed_without_anything_to_send(outbox, deliver,
 
 
 class Asked(FakeSender):
-    """A question takes a millisecond."""
+    """A question takes a millisecond, as time is what questions are bounded by."""
 
     def is_cancelled(self) -> bool:
         time.sleep(0.001)
@@ -195,7 +195,7 @@ def test_questions_take_a_tenth_of_the_time_however_many_requests_there_are(outb
     for i, sender in enumerate(senders):
         deliver(i, sender)
     before, started = sum(sender.asked for sender in senders), time.monotonic()
-    time.sleep(1)
+    time.sleep(1)  # of which a tenth may be spent
     asked, seconds = sum(sender.asked for sender in senders) - before, time.monotonic() - started
     assert 10 < asked <= 100 * seconds + 2, "a hundred a second, and one for the time before"
     senders[12].cancelled = True
